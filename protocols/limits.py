@@ -1,0 +1,56 @@
+"""Every bound on what strangers can make us hold, send or wait for, with its reason.
+
+Names carry units, unit before the bound. Change one here and it changes everywhere.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+PROTOCOL_VERSION: Final = 1
+
+# ── messages ─────────────────────────────────────────────────────────────────────────────
+CONTROL_BYTES_MAX: Final = 64 * 2**10  # a plan for 16 members is < 4 KiB; unary calls stay small
+RECORD_BYTES_MAX: Final = 1024  # a DHT value with many subkeys is sent whole: 1 KiB x 1000 = 1 MiB
+MANIFEST_BYTES_MAX: Final = 64 * 2**10  # the largest real config is < 10 KiB
+NAME_CHARS_MAX: Final = 64  # group names, site labels, run names
+TEXT_CHARS_MAX: Final = 512  # reasons and error texts
+ADDRESSES_MAX: Final = 8  # per peer: interfaces x protocols; more is noise
+ADDRESS_CHARS_MAX: Final = 256  # a relayed multiaddress is about 180 characters
+
+# ── groups ───────────────────────────────────────────────────────────────────────────────
+GROUP_MEMBERS_MAX: Final = 16  # all-to-all heartbeats stay cheap; larger cells split
+AGGREGATORS_MAX: Final = 16
+ROSTER_MAX: Final = GROUP_MEMBERS_MAX
+KNOWN_PEERS_MAX: Final = 4096  # records remembered per run, oldest dropped first
+MEMBER_SHARDS: Final = 8  # DHT keys over which a run's membership is spread
+
+# ── layout ───────────────────────────────────────────────────────────────────────────────
+UNITS_MAX: Final = 2**22  # 64 Ki values each: 2.7e11 parameters
+SPAN_MASK_BYTES_MAX: Final = UNITS_MAX // 8
+UNIT_BYTES_MAX: Final = 16 * 2**20  # one coded chunk, or the two factors of one adapted layer
+
+# ── streams ──────────────────────────────────────────────────────────────────────────────
+FRAME_BYTES_MAX: Final = 256 * 2**10  # larger reads cost 2-3 CPU-s per GB in malloc and faults
+STREAM_HEADER_BYTES_MAX: Final = 256 * 2**10
+STREAMS_PER_PEER_MAX: Final = 32  # open inbound streams from one stranger
+STREAMS_MAX: Final = 256
+STATE_BYTES_MAX: Final = 256 * 2**30
+ASSET_BYTES_MAX: Final = 64 * 2**30
+ASSETS_MAX: Final = 256
+OUTCOME_ROUNDS_KEPT: Final = 8  # a peer that missed a few rounds catches up by outcomes alone
+
+# ── time ─────────────────────────────────────────────────────────────────────────────────
+CALL_TIMEOUT_S: Final = 5.0  # a unary call; the far side is gone or frozen
+PROGRESS_TIMEOUT_S: Final = 5.0  # a stream on which nothing moved
+CONNECT_TIMEOUT_S: Final = 10.0
+HEARTBEAT_S: Final = 1.0
+SUSPECT_AFTER_S: Final = 3.5  # three heartbeats missed
+FORGET_AFTER_S: Final = 60.0  # a suspected member is no member any more
+RECORD_TTL_S: Final = 90.0  # signed records live this long; clocks may be a few seconds apart
+RECORD_REFRESH_S: Final = 30.0  # stored again at a third of its life
+RECORD_LIFETIME_S_MAX: Final = 3600.0
+CLOCK_SKEW_S_MAX: Final = 30.0  # records issued this far in our future are still believed
+DIGEST_WAIT_S: Final = 2.0  # a coordinator waits this long for its members' digests
+INBOX_EVENTS_MAX: Final = 4096
+OUTBOX_MESSAGES_MAX: Final = 256  # per peer; older heartbeats give way first
