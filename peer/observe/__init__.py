@@ -1,0 +1,1 @@
+"""Listeners to the peer's typed events: console, JSONL log, Prometheus metrics."""

@@ -1,0 +1,117 @@
+"""The plug between training and the network: `Method`, and what it gives and takes.
+
+A method turns local work into a contribution with a weight, and applies the round's outcome.
+The network cuts a contribution into numbered *units* (a chunk of a flat vector, or the factors of
+one adapted layer), reduces each unit at one aggregator, and hands everybody the same coded bytes
+back; so a method must be deterministic in `apply` (separate multiplications and additions in
+float32, no fused ones) or replicas drift apart.
+
+Threads: `Method` is touched only by the training thread. `Contribution.encode` and `Reducer` run
+in the codec thread, one call at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+ArrayMap = dict[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """One inner step: its loss (nats per token, mean) and how many tokens it saw."""
+
+    loss: float
+    tokens: int
+
+
+class Contribution(Protocol):
+    """Frozen local work of one round. `encode` may be called again: an aggregator may die."""
+
+    weight: float
+    """Tokens behind it; 0 means there is nothing to send."""
+
+    def encode(self, unit: int) -> bytes:
+        """The coded bytes of one unit, at most `limits.UNIT_BYTES_MAX`. Deterministic."""
+
+
+class Reducer(Protocol):
+    """Folds coded units into a weighted mean. One per span and round."""
+
+    def fold(self, unit: int, weight: float, payload: bytes) -> None:
+        """Fold `payload` in. On an error nothing of it is kept.
+
+        Raises:
+            ValueError: not a valid coded unit (`tensorcodecs.DecodeError` is one).
+        """
+
+    def finish(self) -> list[bytes]:
+        """One coded payload per unit of the span, in order; b"" where nothing was folded."""
+
+
+class Method(Protocol):
+    """A way to train. Built by `peer.train.build_method` from a manifest, or by an embedder."""
+
+    units: int
+    """How many units a contribution has; the same on every peer of the run."""
+
+    def step(self, batch: torch.Tensor) -> StepResult:
+        """One inner step on `batch`: (B, T) int64 token ids. Moves it to the device itself."""
+
+    def contribution(self) -> Contribution:
+        """Freeze the work since the last one and remember where it ended. Training goes on."""
+
+    def apply(self, outcome: Sequence[bytes], mine: npt.NDArray[np.bool_]) -> None:
+        """Apply one round: a coded payload per unit (b"" = no change), to the outer state.
+
+        `mine[unit]` says whether this peer's last contribution is inside that unit's mean. Local
+        progress made since the contribution was frozen is kept; where `mine` is False the frozen
+        work is kept too and so counts in the next round.
+        """
+
+    def reducer(self, start: int, stop: int) -> Reducer:
+        """A fresh reducer for units start..stop-1. Called from the codec thread."""
+
+    def state(self) -> ArrayMap:
+        """The outer state, the same on every peer: copies, safe to keep. Names are stable."""
+
+    def load_state(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Replace the outer state; local progress is dropped.
+
+        Raises:
+            ValueError: names, shapes or types are not this method's.
+        """
+
+    def digest(self) -> bytes:
+        """SHA-256 over the outer state (32 bytes): equal on every peer in step."""
+
+    def inner_state(self) -> ArrayMap:
+        """The inner optimiser's own memory, this peer's business; may be empty."""
+
+    def load_inner_state(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Restore `inner_state`; ignores what does not fit."""
+
+    def evaluate(self, batches: Iterable[torch.Tensor]) -> float:
+        """Mean loss (nats per token) of the *outer* parameters, without training on them."""
+
+    def export(self, folder: str) -> None:
+        """Write the outer parameters as a transformers model folder (safetensors only)."""
+
+
+class DataSource(Protocol):
+    """Blocks of training tokens. The network says which blocks are this peer's."""
+
+    blocks: int
+    """How many blocks there are; a block is a contiguous range of samples."""
+
+    def block(self, index: int, epoch: int) -> list[torch.Tensor]:
+        """The samples of a block: each (T,) int64, the same on every peer for the same epoch."""
+
+    def validation(self) -> list[torch.Tensor]:
+        """Held-out samples (T,), never in any block; the same on every peer."""
