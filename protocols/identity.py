@@ -11,8 +11,12 @@ from typing import Final
 import base58
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from cryptography.hazmat.primitives.serialization import PublicFormat
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+)
 
 from protocols.types import PeerId
 
@@ -38,11 +42,11 @@ def public_key_of(peer: PeerId) -> bytes:
     raw = base58.b58decode(peer)
     if len(raw) != 38 or raw[:6] != _PREFIX:
         raise ValueError(f"not the peer id of an Ed25519 key: {peer[:64]!r}")
-    return raw[6:]
+    return bytes(raw[6:])
 
 
 class Signer:
-    """A private key. Signatures are bound to a `domain`, so none can be replayed as another kind."""
+    """A private key. Signatures are bound to a `domain`: none can be replayed as another kind."""
 
     def __init__(self, seed: bytes) -> None:
         """`seed`: 32 bytes from a cryptographic source."""

@@ -69,7 +69,7 @@ def unpack(kind: type[T], data: bytes) -> T:
         )
     except (ValueError, msgpack.exceptions.UnpackException, RecursionError) as error:
         raise SchemaError(f"{kind.__name__}: not msgpack ({error})") from None
-    return typing.cast("T", _checker(kind)(raw, kind.__name__))
+    return typing.cast("T", _checker(typing.cast("Any", kind))(raw, kind.__name__))
 
 
 def _plain(value: Any) -> Any:
@@ -155,7 +155,7 @@ def _scalar_checker(hint: Any, bound: Max | Exactly | None) -> _Check:
     if hint in (str, bytes):
         if bound is None:
             raise TypeError(f"a {hint.__name__} field needs a bound")
-        kind: type = hint
+        kind: type[str | bytes] = hint
 
         def check_sized(value: Any, where: str) -> Any:
             if type(value) is not kind:

@@ -1,0 +1,125 @@
+"""Who coordinates and who aggregates: the same answer at every peer, from the same seats.
+
+Weighted rendezvous (highest-random-weight) hashing: every (slot, peer) pair gets a score
+-w / ln(u) with u uniform from a hash; the order of scores is the order of candidates. A peer that
+vanishes moves only its own spans. Formula: Mosharaf et al., "Weighted distributed hash tables".
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Collection, Iterable, Sequence
+
+from protocols.messages import Plan, Seat, Span
+from protocols.types import Digest, GroupName, PeerId, RunId
+
+
+def candidates(group: GroupName, slot: int, seats: Iterable[Seat]) -> list[PeerId]:
+    """Peers in the order in which they serve `slot` of `group`; the first live one does."""
+    return [seat.peer for seat in sorted(seats, key=lambda s: (-_score(group, slot, s), s.peer))]
+
+
+def _score(group: GroupName, slot: int, seat: Seat) -> float:
+    raw = hashlib.sha256(f"{group}\x00{slot}\x00{seat.peer}".encode()).digest()
+    u = (int.from_bytes(raw[:8], "big") + 0.5) / 2**64
+    return -max(seat.weight, 1) / math.log(u)
+
+
+def spans_of(
+    group: GroupName, seats: Sequence[Seat], units: int, aggregators_max: int, epoch: int
+) -> tuple[Span, ...]:
+    """Cut `units` into spans sized by their aggregators' weights, one aggregator each.
+
+    Slot k's aggregator is its first candidate that has no earlier slot. At most
+    `aggregators_max` spans, never more than units.
+    """
+    count = max(1, min(len(seats), aggregators_max, units))
+    chosen: list[PeerId] = []
+    for slot in range(count):
+        chosen.append(next(p for p in candidates(group, slot, seats) if p not in chosen))
+    weights = {seat.peer: max(seat.weight, 1) for seat in seats}
+    total = sum(weights[peer] for peer in chosen)
+    spans: list[Span] = []
+    start, taken = 0, 0
+    for slot, peer in enumerate(chosen):
+        taken += weights[peer]
+        left = count - slot - 1
+        stop = units if left == 0 else min(max(units * taken // total, start + 1), units - left)
+        spans.append(Span(start, stop, peer, epoch))
+        start = stop
+    return tuple(spans)
+
+
+def make_plan(
+    *,
+    run: RunId,
+    group: GroupName,
+    epoch: int,
+    round: int,  # noqa: A002  (the field's word)
+    seats: Sequence[Seat],
+    units: int,
+    aggregators_max: int,
+    train_ms: int,
+    exchange_ms: int,
+    digest: Digest,
+) -> Plan:
+    """A round's first plan: a pure function of the seats."""
+    roster = tuple(sorted(seats, key=lambda s: s.peer))
+    spans = spans_of(group, roster, units, aggregators_max, epoch)
+    return Plan(run, group, epoch, round, roster, spans, train_ms, exchange_ms, digest)
+
+
+def revise_plan(
+    plan: Plan,
+    *,
+    epoch: int,
+    seats: Sequence[Seat],
+    benched: Collection[PeerId],
+    train_ms: int,
+    exchange_ms: int,
+) -> Plan:
+    """The same round for another roster: spans keep their bounds, and their aggregator if it is
+    still there and not `benched` (alive but useless); others go to their next candidate."""
+    roster = tuple(sorted(seats, key=lambda s: s.peer))
+    here = {seat.peer for seat in roster}
+    able = [s for s in roster if s.peer not in benched] or list(roster)
+    able_peers = {seat.peer for seat in able}
+    spans = tuple(
+        span
+        if span.aggregator in here and span.aggregator in able_peers
+        else Span(span.start, span.stop, candidates(plan.group, slot, able)[0], epoch)
+        for slot, span in enumerate(plan.spans)
+    )
+    return Plan(
+        plan.run, plan.group, epoch, plan.round, roster, spans, train_ms, exchange_ms, plan.digest
+    )
+
+
+def fault_in(plan: Plan, units: int, aggregators_max: int, *, revises: bool) -> str | None:
+    """What is wrong with a plan, or None. Any member can check any plan.
+
+    `revises`: it replaces a plan that is in force for the same round, and so keeps its bounds.
+    Otherwise, if all its spans are of its own epoch, they must be what anybody would elect.
+    """
+    peers = plan.peers
+    if not peers or list(peers) != sorted(set(peers)):
+        return "a roster that is empty, repeats itself or is out of order"
+    if not plan.spans or len(plan.spans) > max(1, aggregators_max):
+        return "no spans, or too many"
+    edge = 0
+    for span in plan.spans:
+        if span.start != edge or span.stop <= span.start:
+            return "spans that do not cover the layout"
+        if span.aggregator not in peers:
+            return "an aggregator outside the roster"
+        if span.since_epoch > plan.epoch:
+            return "a span from a later epoch"
+        edge = span.stop
+    if edge != units:
+        return "spans that do not cover the layout"
+    if not revises and all(span.since_epoch == plan.epoch for span in plan.spans):
+        elected = spans_of(plan.group, plan.roster, units, aggregators_max, plan.epoch)
+        if plan.spans != elected:
+            return "aggregators that nobody elected"
+    return None

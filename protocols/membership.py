@@ -1,0 +1,139 @@
+"""Who is there: records, liveness and where everybody stands.
+
+Records come from the DHT and from handshakes; life comes from heartbeats, which group members send
+each other every second. Whoever is silent for `SUSPECT_AFTER_S`, or twice in a row can't be
+reached, is *suspected*: rounds go on without it, and one word from it clears the suspicion. The
+table is bounded; the peers that were heard longest ago go first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from protocols import limits
+from protocols.messages import Heartbeat, Seat
+from protocols.records import PeerRecord
+from protocols.types import Digest, GroupName, PeerId
+
+FAILURES_MAX: Final = 2
+
+
+@dataclass(slots=True)
+class Neighbour:
+    """What we know of one other peer of the run."""
+
+    record: PeerRecord
+    seen_s: float
+    """When its record was last seen."""
+    heard_s: float = float("-inf")
+    """When it last said anything itself."""
+    hailed_s: float = float("-inf")
+    """When we last said hello or sent a heartbeat."""
+    failures: int = 0
+    suspected: bool = False
+    left: bool = False
+    round: int = 0
+    digest: Digest = Digest(b"")  # noqa: RUF009  (an immutable value)
+    ready: bool = False
+    epoch: int = 0
+    rtt_s: float | None = None
+
+
+class Membership:
+    """The table of neighbours. All times are the machine's clock."""
+
+    def __init__(self, me: PeerId) -> None:
+        self.me = me
+        self._table: dict[PeerId, Neighbour] = {}
+
+    def get(self, peer: PeerId) -> Neighbour | None:
+        return self._table.get(peer)
+
+    def everybody(self) -> list[Neighbour]:
+        return list(self._table.values())
+
+    def saw(self, record: PeerRecord, now_s: float) -> bool:
+        """Take a record; True if it is of a peer we did not know."""
+        known = self._table.get(record.peer)
+        if known is not None:
+            known.seen_s = now_s
+            if record.issued_ms > known.record.issued_ms:
+                known.record = record
+            return False
+        if len(self._table) >= limits.KNOWN_PEERS_MAX:
+            oldest = min(self._table, key=lambda p: self._table[p].heard_s)
+            del self._table[oldest]
+        self._table[record.peer] = Neighbour(record, now_s)
+        return True
+
+    def heard(self, peer: PeerId, now_s: float) -> None:
+        """`peer` said something: it lives."""
+        known = self._table.get(peer)
+        if known is not None:
+            known.heard_s = now_s
+            known.failures = 0
+            known.suspected = False
+            known.left = False
+
+    def heartbeat(self, peer: PeerId, beat: Heartbeat) -> None:
+        known = self._table.get(peer)
+        if known is not None:
+            known.round, known.digest = beat.round, Digest(beat.digest)
+            known.ready, known.epoch = beat.ready, beat.epoch
+
+    def delivered(self, peer: PeerId, rtt_s: float) -> None:
+        known = self._table.get(peer)
+        if known is not None:
+            # The smallest of the recent ones: a busy machine inflates the others.
+            old = known.rtt_s
+            known.rtt_s = rtt_s if old is None else min(rtt_s, old * 1.05 + 1e-4)
+            known.failures = 0
+
+    def undelivered(self, peer: PeerId) -> bool:
+        """A message or stream failed; True if `peer` is suspected from now on."""
+        known = self._table.get(peer)
+        if known is None:
+            return False
+        known.failures += 1
+        if known.failures < FAILURES_MAX or known.suspected:
+            return False
+        known.suspected = True
+        return True
+
+    def said_goodbye(self, peer: PeerId) -> None:
+        known = self._table.get(peer)
+        if known is not None:
+            known.suspected = known.left = True
+
+    def sweep(self, group: GroupName, now_s: float) -> list[PeerId]:
+        """Suspect the silent, forget the lost; the newly suspected of `group`."""
+        fresh: list[PeerId] = []
+        for peer, known in list(self._table.items()):
+            last_s = max(known.heard_s, known.seen_s if known.heard_s < 0 else known.heard_s)
+            if now_s - max(last_s, known.seen_s) > limits.FORGET_AFTER_S + limits.RECORD_TTL_S:
+                del self._table[peer]
+                continue
+            silent = now_s - known.heard_s > limits.SUSPECT_AFTER_S
+            if known.record.group == group and known.heard_s > 0 and silent:
+                if not known.suspected:
+                    fresh.append(peer)
+                known.suspected = True
+        return fresh
+
+    def in_group(self, group: GroupName) -> list[Neighbour]:
+        """Everyone who says that it stands in `group`, living or not."""
+        return [n for n in self._table.values() if n.record.group == group and not n.left]
+
+    def live(self, group: GroupName, now_s: float) -> list[Neighbour]:
+        """Members of `group` that were heard lately and are not suspected."""
+        return [
+            n
+            for n in self.in_group(group)
+            if not n.suspected and now_s - n.heard_s <= limits.SUSPECT_AFTER_S
+        ]
+
+
+def seat_of(record: PeerRecord) -> Seat:
+    """A peer's weight in elections: its upload, if others can reach it."""
+    return Seat(record.peer, max(1, record.upload_kbps) if record.reachable else 1)

@@ -1,0 +1,309 @@
+"""Everything that crosses the wire between two peers, with its bounds.
+
+Control messages travel as unary calls (`encode` / `decode`); stream headers are the first frame of
+a bulk stream. Plans and outcomes are `Signed`, because others than their author pass them on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Final, TypeVar
+
+from protocols import limits
+from protocols.errors import RemoteProtocolError
+from protocols.identity import verify
+from protocols.records import (
+    DigestField,
+    GroupField,
+    NameField,
+    PeerIdField,
+    RunIdField,
+    Signed,
+    TextField,
+)
+from protocols.schema import Max, SchemaError, pack, unpack
+from protocols.types import PeerId
+
+T = TypeVar("T")
+Counter = Annotated[int, Max(2**48)]
+Unit = Annotated[int, Max(limits.UNITS_MAX)]
+SpanIndex = Annotated[int, Max(limits.AGGREGATORS_MAX)]
+
+PLAN_DOMAIN: Final = "plan"
+OUTCOME_DOMAIN: Final = "outcome"
+
+
+# ── what plans are made of ───────────────────────────────────────────────────────────────
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """A roster member and its weight in elections (kbit/s of upload, 1 if not reachable)."""
+
+    peer: PeerIdField
+    weight: Annotated[int, Max(2**31)]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Units start..stop-1 and who reduces them, since which epoch."""
+
+    start: Unit
+    stop: Unit
+    aggregator: PeerIdField
+    since_epoch: Counter
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One round of one group, as its coordinator signed it.
+
+    Times are durations from the moment of receipt, so that clocks need not agree.
+    """
+
+    run: RunIdField
+    group: GroupField
+    epoch: Counter
+    round: Counter
+    roster: Annotated[tuple[Seat, ...], Max(limits.ROSTER_MAX)]
+    spans: Annotated[tuple[Span, ...], Max(limits.AGGREGATORS_MAX)]
+    train_ms: Annotated[int, Max(24 * 3600 * 1000)]
+    """Until contributions are due."""
+    exchange_ms: Annotated[int, Max(24 * 3600 * 1000)]
+    """From then until the round must have ended."""
+    digest: DigestField
+    """Outer state that everybody starts from."""
+
+    @property
+    def peers(self) -> tuple[PeerId, ...]:
+        return tuple(seat.peer for seat in self.roster)
+
+
+@dataclass(frozen=True, slots=True)
+class Contributor:
+    """Whose work is inside an outcome, with what weight, in which of the span's units."""
+
+    peer: PeerIdField
+    weight: float
+    mask: Annotated[bytes, Max(limits.SPAN_MASK_BYTES_MAX)]
+    """Bit i (least significant first) = unit start+i is inside; empty = all of them."""
+
+    def covers(self, offset: int) -> bool:
+        return not self.mask or bool(self.mask[offset // 8] >> (offset % 8) & 1)
+
+
+@dataclass(frozen=True, slots=True)
+class OutcomeHeader:
+    """The proof of one reduced span. `content` is SHA-256 over its coded units."""
+
+    run: RunIdField
+    group: GroupField
+    round: Counter
+    epoch: Counter
+    span: SpanIndex
+    start: Unit
+    stop: Unit
+    contributors: Annotated[tuple[Contributor, ...], Max(limits.ROSTER_MAX)]
+    content: DigestField
+    content_bytes: Counter
+    seconds: float
+
+    def __post_init__(self) -> None:
+        size = (self.stop - self.start + 7) // 8
+        if self.stop <= self.start:
+            raise ValueError("an empty span")
+        if any(c.mask and len(c.mask) != size for c in self.contributors):
+            raise ValueError("a mask of the wrong size")
+        if any(not c.weight > 0.0 for c in self.contributors):
+            raise ValueError("a weight that is not positive")
+
+
+# ── control messages ─────────────────────────────────────────────────────────────────────
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """First words to a peer: who I am, in which run, at which version."""
+
+    version: Annotated[int, Max(2**16)]
+    run: RunIdField
+    record: Annotated[bytes, Max(limits.RECORD_BYTES_MAX)]
+    round: Counter
+    digest: DigestField
+    ready: bool
+    """Whether it holds the run's state (a donor); a fresh joiner does not."""
+    answer: bool
+    """Whether a Hello is wanted back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """I live, and this is where I stand."""
+
+    run: RunIdField
+    group: GroupField
+    epoch: Counter
+    round: Counter
+    digest: DigestField
+    ready: bool
+    clock_ms: Counter
+
+
+@dataclass(frozen=True, slots=True)
+class PlanIssued:
+    """A coordinator's plan (signed under PLAN_DOMAIN)."""
+
+    plan: Signed
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRefused:
+    """The sender does not follow a plan, and says which epoch it knows."""
+
+    run: RunIdField
+    group: GroupField
+    epoch: Counter
+    known_epoch: Counter
+    reason: TextField
+
+
+@dataclass(frozen=True, slots=True)
+class SpanHeld:
+    """To a span's new aggregator: it was already reduced before; here is the proof."""
+
+    run: RunIdField
+    group: GroupField
+    round: Counter
+    span: SpanIndex
+    outcome: Signed
+
+
+@dataclass(frozen=True, slots=True)
+class Goodbye:
+    """The sender leaves of its own will."""
+
+    run: RunIdField
+    reason: TextField
+
+
+Message = Hello | Heartbeat | PlanIssued | PlanRefused | SpanHeld | Goodbye
+
+
+# ── stream headers ───────────────────────────────────────────────────────────────────────
+@dataclass(frozen=True, slots=True)
+class ContributionHeader:
+    """A member's work for one span follows, a frame per unit."""
+
+    run: RunIdField
+    group: GroupField
+    round: Counter
+    epoch: Counter
+    span: SpanIndex
+    start: Unit
+    stop: Unit
+    weight: float
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.weight <= 1e15:
+            raise ValueError("a weight out of range")
+
+
+@dataclass(frozen=True, slots=True)
+class OutcomePush:
+    """A reduced span follows; the sender acts under `epoch`."""
+
+    epoch: Counter
+    outcome: Signed
+
+
+@dataclass(frozen=True, slots=True)
+class OutcomeQuery:
+    """Please send what you hold of a round: one span, or all (span = None)."""
+
+    run: RunIdField
+    group: GroupField
+    round: Counter
+    span: SpanIndex | None
+
+
+@dataclass(frozen=True, slots=True)
+class StateQuery:
+    """Please send your outer state."""
+
+    run: RunIdField
+
+
+@dataclass(frozen=True, slots=True)
+class AssetQuery:
+    """Please send a file that the manifest names, from `offset` on."""
+
+    run: RunIdField
+    name: NameField
+    offset: Counter
+
+
+StreamHeader = ContributionHeader | OutcomePush | OutcomeQuery | StateQuery | AssetQuery
+
+_MESSAGES: Final[dict[int, type]] = {
+    1: Hello,
+    2: Heartbeat,
+    3: PlanIssued,
+    4: PlanRefused,
+    5: SpanHeld,
+    6: Goodbye,
+}
+_HEADERS: Final[dict[int, type]] = {
+    65: ContributionHeader,
+    66: OutcomePush,
+    67: OutcomeQuery,
+    68: StateQuery,
+    69: AssetQuery,
+}
+_TAG_OF: Final[dict[type, int]] = {k: t for t, k in (_MESSAGES | _HEADERS).items()}
+
+
+def encode(message: Message | StreamHeader) -> bytes:
+    """Version byte, tag byte, canonical msgpack."""
+    return bytes((limits.PROTOCOL_VERSION, _TAG_OF[type(message)])) + pack(message)
+
+
+def decode(data: bytes, sender: PeerId) -> Message:
+    """The control message in `data`.
+
+    Raises:
+        RemoteProtocolError: oversized, of another version, of no known type, or malformed.
+    """
+    return _decode(data, sender, _MESSAGES, limits.CONTROL_BYTES_MAX)
+
+
+def decode_header(data: bytes, sender: PeerId) -> StreamHeader:
+    """The stream header in `data`; raises like `decode`."""
+    return _decode(data, sender, _HEADERS, limits.STREAM_HEADER_BYTES_MAX)
+
+
+def _decode(data: bytes, sender: PeerId, kinds: dict[int, type[T]], bytes_max: int) -> T:
+    if len(data) > bytes_max:
+        raise RemoteProtocolError(sender, f"message of {len(data)} bytes, at most {bytes_max}")
+    if len(data) < 2:
+        raise RemoteProtocolError(sender, "message too short")
+    if data[0] != limits.PROTOCOL_VERSION:
+        raise RemoteProtocolError(
+            sender, f"speaks protocol version {data[0]}, we speak {limits.PROTOCOL_VERSION}"
+        )
+    kind = kinds.get(data[1])
+    if kind is None:
+        raise RemoteProtocolError(sender, f"unknown message type {data[1]}")
+    try:
+        return unpack(kind, data[2:])
+    except SchemaError as error:
+        raise RemoteProtocolError(sender, str(error)) from None
+
+
+def open_signed(signed: Signed, domain: str, kind: type[T], sender: PeerId) -> T:
+    """What `signed` holds, once its signature is verified. `sender` passed it to us.
+
+    Raises:
+        RemoteProtocolError: wrong signature or malformed body; names the sender.
+    """
+    if not verify(signed.signer, domain, signed.body, signed.signature):
+        raise RemoteProtocolError(sender, f"{domain} with a wrong signature of {signed.signer}")
+    try:
+        return unpack(kind, signed.body)
+    except SchemaError as error:
+        raise RemoteProtocolError(sender, str(error)) from None

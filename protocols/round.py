@@ -1,0 +1,345 @@
+"""One averaging round of one group, as one member sees it.
+
+A member trains until its contribution is due, sends each span to that span's aggregator, and
+collects the reduced spans; the round is complete when an outcome for every span is held, and then
+it is applied exactly once. An aggregator closes a span when every live member has answered (with
+its contribution, or with the proof that the span was reduced before), or at the collect deadline.
+
+A revised plan (same round, larger epoch) moves the spans of aggregators that vanished: members
+send again from what they still hold, or hand over the outcome if they have one, so no span is
+reduced twice as long as one holder answers. Where that fails, digests tell and the minority heals.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Final
+
+from protocols.errors import RemoteProtocolError
+from protocols.events import (
+    ApplyRound,
+    CloseSpan,
+    DropSpan,
+    Effect,
+    FetchOutcomes,
+    PushOutcome,
+    Send,
+    SendContribution,
+    TakeContribution,
+)
+from protocols.messages import ContributionHeader, OutcomeHeader, Plan, SpanHeld
+from protocols.records import Signed
+from protocols.types import PeerId
+
+COLLECT_SHARE: Final = 0.6  # of the exchange; the rest is for outcomes to come back
+RETRY_S: Final = 0.4
+TRIES_MAX: Final = 4
+
+
+@dataclass(slots=True)
+class _Try:
+    """A delivery that may be repeated: when, and how often it was tried."""
+
+    at_s: float
+    count: int = 0
+
+
+@dataclass(slots=True)
+class _Span:
+    """What this member knows of one span."""
+
+    outcome: tuple[OutcomeHeader, Signed] | None = None
+    own: _Try | None = None
+    """Our contribution's way to the aggregator; None before it is frozen, inf once it is there."""
+    answered: set[PeerId] = field(default_factory=set)
+    """If we aggregate: members whose contribution is in, or never will be."""
+    fetching: PeerId | None = None
+    """If we aggregate after somebody else: who hands us the outcome it holds."""
+    closing: bool = False
+    pushes: dict[PeerId, _Try] = field(default_factory=dict)
+
+
+class Round:
+    """Member and aggregator roles of one round. Driven by `GroupMachine`, which owns liveness."""
+
+    def __init__(self, me: PeerId, plan: Plan, now_s: float, quorum: float) -> None:
+        """`quorum`: share of the live roster below which a span at its deadline is left as is."""
+        self.me = me
+        self.plan = plan
+        self.adopted_s = now_s
+        self.due_s = now_s + plan.train_ms / 1000
+        self.collect_s = self.due_s + plan.exchange_ms / 1000 * COLLECT_SHARE
+        self.end_s = self.due_s + plan.exchange_ms / 1000
+        self.taking = False
+        self.weight: float | None = None
+        self.applying = False
+        self._quorum = quorum
+        self._spans = [_Span() for _ in plan.spans]
+        self._fetch = _Try(self.end_s)
+
+    # ── what the group asks ──────────────────────────────────────────────────────────────
+    @property
+    def number(self) -> int:
+        return self.plan.round
+
+    @property
+    def training(self) -> bool:
+        """The contribution is not due yet: members may still join."""
+        return not self.taking and self.weight is None and not self.applying
+
+    def missing(self) -> list[int]:
+        return [i for i, span in enumerate(self._spans) if span.outcome is None]
+
+    def deadline_s(self, suspected: set[PeerId]) -> float:
+        """When `tick` next has something to do."""
+        times = [math.inf]
+        if self.training:
+            times.append(self.due_s)
+        for i, span in enumerate(self._spans):
+            if span.outcome is None:
+                if self.plan.spans[i].aggregator == self.me and not span.closing:
+                    times.append(self.collect_s)
+                times.append(self._fetch.at_s)
+            if span.own is not None:
+                times.append(span.own.at_s)
+            if span.outcome is not None:
+                times += [t.at_s for p, t in span.pushes.items() if p not in suspected]
+        return min(times)
+
+    # ── time ─────────────────────────────────────────────────────────────────────────────
+    def tick(self, now_s: float, suspected: set[PeerId]) -> list[Effect]:
+        effects: list[Effect] = []
+        if self.training and now_s >= self.due_s and self.me in self.plan.peers:
+            self.taking = True
+            effects.append(TakeContribution(self.number))
+        effects += self._resend(now_s)
+        effects += self._close_ready(now_s, suspected)
+        effects += self._push(now_s, suspected)
+        if now_s >= self._fetch.at_s and self.missing() and not self.applying:
+            effects += self.fetch_missing(now_s, suspected)
+        return effects
+
+    def fetch_missing(self, now_s: float, suspected: set[PeerId]) -> list[Effect]:
+        """Ask the next member (aggregators first) for what we lack."""
+        missing = self.missing()
+        sources = [self.plan.spans[i].aggregator for i in missing] + list(self.plan.peers)
+        live = [p for p in dict.fromkeys(sources) if p != self.me and p not in suspected]
+        self._fetch.count += 1
+        self._fetch.at_s = now_s + 2.0
+        if not live or not missing:
+            return []
+        source = live[(self._fetch.count - 1) % len(live)]
+        return [FetchOutcomes(source, self.number, None)]
+
+    def _resend(self, now_s: float) -> list[Effect]:
+        effects: list[Effect] = []
+        for i, span in enumerate(self._spans):
+            if span.own is None or span.outcome is not None or now_s < span.own.at_s:
+                continue
+            span.own.at_s = math.inf
+            span.own.count += 1
+            effects.append(SendContribution(self.plan, i, self.plan.spans[i].aggregator))
+        return effects
+
+    def _close_ready(self, now_s: float, suspected: set[PeerId]) -> list[Effect]:
+        effects: list[Effect] = []
+        for i, span in enumerate(self._spans):
+            if (
+                self.plan.spans[i].aggregator != self.me
+                or span.outcome is not None
+                or span.closing
+                or span.fetching is not None
+            ):
+                continue
+            live = [p for p in self.plan.peers if p not in suspected or p == self.me]
+            waiting = [p for p in live if p not in span.answered]
+            late = now_s >= self.collect_s
+            if waiting and not late:
+                continue
+            span.closing = True
+            answered = len(span.answered & set(self.plan.peers))
+            enough = not waiting or answered >= self._quorum * len(live)
+            effects.append(CloseSpan(self.plan, i, keep=enough))
+        return effects
+
+    def _push(self, now_s: float, suspected: set[PeerId]) -> list[Effect]:
+        effects: list[Effect] = []
+        for span in self._spans:
+            if span.outcome is None:
+                continue
+            header, signed = span.outcome
+            for peer, attempt in span.pushes.items():
+                if peer not in suspected and now_s >= attempt.at_s and attempt.count < TRIES_MAX:
+                    attempt.at_s = math.inf
+                    attempt.count += 1
+                    effects.append(PushOutcome(self.plan.epoch, signed, header, peer))
+        return effects
+
+    # ── plans ────────────────────────────────────────────────────────────────────────────
+    def revise(self, plan: Plan, now_s: float) -> list[Effect]:
+        """Another roster or other aggregators for the same round."""
+        old, self.plan = self.plan, plan
+        if self.training:
+            self.due_s = min(self.due_s, now_s + plan.train_ms / 1000)
+        exchange_s = plan.exchange_ms / 1000
+        start_s = max(now_s, self.due_s)
+        self.collect_s = max(self.collect_s, start_s + exchange_s * COLLECT_SHARE)
+        self.end_s = max(self.end_s, start_s + exchange_s)
+        self._fetch = _Try(self.end_s)
+        effects: list[Effect] = []
+        for i, span in enumerate(self._spans):
+            before, after = old.spans[i].aggregator, plan.spans[i].aggregator
+            if before != after:
+                effects += self._reassign(i, span, before, after, now_s)
+            elif after == self.me and span.outcome is not None:
+                self._queue_pushes(span, now_s)  # members that joined the roster need it too
+        return effects
+
+    def _reassign(
+        self, i: int, span: _Span, before: PeerId, after: PeerId, now_s: float
+    ) -> list[Effect]:
+        effects: list[Effect] = []
+        if before == self.me:
+            effects.append(DropSpan(self.number, i))
+            span.answered.clear()
+            span.closing = False
+            span.fetching = None
+            span.pushes.clear()
+        if span.outcome is not None:
+            if after == self.me:
+                self._queue_pushes(span, now_s)
+            else:
+                _, signed = span.outcome
+                held = SpanHeld(self.plan.run, self.plan.group, self.number, i, signed)
+                effects.append(Send(after, held))
+        elif self.weight is not None:
+            span.own = _Try(now_s)
+        return effects
+
+    def _queue_pushes(self, span: _Span, now_s: float) -> None:
+        for peer in self.plan.peers:
+            if peer != self.me:
+                span.pushes.setdefault(peer, _Try(now_s))
+
+    # ── contributions ────────────────────────────────────────────────────────────────────
+    def contribution_taken(self, weight: float, now_s: float) -> list[Effect]:
+        self.taking = False
+        self.weight = weight
+        for span in self._spans:
+            if span.outcome is None:
+                span.own = _Try(now_s)
+        return self._resend(now_s)
+
+    def check_offer(self, sender: PeerId, header: ContributionHeader) -> None:
+        """Whether a contribution may be folded.
+
+        Raises:
+            RemoteProtocolError: not a member, not our span, another epoch, or closed already.
+        """
+        plan = self.plan
+        if sender not in plan.peers:
+            raise RemoteProtocolError(sender, f"is not in the roster of round {plan.round}")
+        if header.span >= len(plan.spans):
+            raise RemoteProtocolError(sender, f"span {header.span} does not exist")
+        span = plan.spans[header.span]
+        if span.aggregator != self.me:
+            raise RemoteProtocolError(sender, f"span {header.span} is not ours to reduce")
+        if (header.start, header.stop) != (span.start, span.stop):
+            raise RemoteProtocolError(sender, f"span {header.span} with other bounds")
+        if not span.since_epoch <= header.epoch <= plan.epoch:
+            raise RemoteProtocolError(
+                sender, f"epoch {header.epoch}; span {header.span} is of {span.since_epoch}"
+            )
+        state = self._spans[header.span]
+        if state.closing or state.outcome is not None:
+            raise RemoteProtocolError(sender, f"span {header.span} is closed")
+
+    def folded(self, sender: PeerId, span: int, complete: bool) -> None:
+        if complete and span < len(self._spans):
+            self._spans[span].answered.add(sender)
+
+    def contribution_delivered(self, peer: PeerId, span: int) -> None:
+        if span < len(self._spans) and self.plan.spans[span].aggregator == peer:
+            state = self._spans[span]
+            if state.own is not None:
+                state.own.at_s = math.inf
+
+    def contribution_undelivered(
+        self, peer: PeerId, span: int, refused: bool, now_s: float
+    ) -> None:
+        if span >= len(self._spans) or self.plan.spans[span].aggregator != peer:
+            return
+        own = self._spans[span].own
+        if own is not None and not refused and own.count < TRIES_MAX:
+            own.at_s = now_s + RETRY_S * 2 ** (own.count - 1)
+
+    # ── outcomes ─────────────────────────────────────────────────────────────────────────
+    def check_outcome(self, sender: PeerId, epoch: int, header: OutcomeHeader) -> None:
+        """Whether a pushed outcome may be taken.
+
+        Raises:
+            RemoteProtocolError: not from the span's aggregator, another epoch or other bounds.
+        """
+        plan = self.plan
+        if header.span >= len(plan.spans):
+            raise RemoteProtocolError(sender, f"span {header.span} does not exist")
+        span = plan.spans[header.span]
+        if span.aggregator != sender:
+            raise RemoteProtocolError(sender, f"does not aggregate span {header.span}")
+        if not span.since_epoch <= epoch <= plan.epoch:
+            raise RemoteProtocolError(
+                sender, f"epoch {epoch}; span {header.span} is of epoch {span.since_epoch}"
+            )
+        if (header.start, header.stop) != (span.start, span.stop):
+            raise RemoteProtocolError(sender, f"span {header.span} with other bounds")
+
+    def hold(self, header: OutcomeHeader, signed: Signed, now_s: float) -> list[Effect]:
+        """An outcome is here. The later one counts, until the round is applied."""
+        if self.applying or header.span >= len(self._spans):
+            return []
+        mine = self.plan.spans[header.span]
+        if (header.start, header.stop) != (mine.start, mine.stop):
+            return []
+        span = self._spans[header.span]
+        span.outcome = (header, signed)
+        span.own = None
+        span.closing = False
+        span.fetching = None
+        if mine.aggregator == self.me:
+            self._queue_pushes(span, now_s)
+        return []
+
+    def handed_over(self, sender: PeerId, span: int) -> list[Effect]:
+        """A member holds an outcome for a span that we aggregate now."""
+        if span >= len(self._spans) or self.plan.spans[span].aggregator != self.me:
+            return []
+        state = self._spans[span]
+        state.answered.add(sender)
+        if state.outcome is not None or state.fetching is not None or state.closing:
+            return []
+        state.fetching = sender
+        return [FetchOutcomes(sender, self.number, span)]
+
+    def fetch_finished(self, peer: PeerId) -> None:
+        for span in self._spans:
+            if span.fetching == peer:
+                span.fetching = None
+
+    def outcome_delivered(self, peer: PeerId, span: int) -> None:
+        if span < len(self._spans) and peer in self._spans[span].pushes:
+            self._spans[span].pushes[peer].at_s = math.inf
+
+    def outcome_undelivered(self, peer: PeerId, span: int, now_s: float) -> None:
+        attempt = self._spans[span].pushes.get(peer) if span < len(self._spans) else None
+        if attempt is not None and attempt.count < TRIES_MAX:
+            attempt.at_s = now_s + RETRY_S * 2 ** (attempt.count - 1)
+
+    def complete(self) -> list[Effect]:
+        """Once every span's outcome is held: apply, exactly once."""
+        held = [span.outcome for span in self._spans]
+        if self.applying or any(h is None for h in held):
+            return []
+        self.applying = True
+        outcomes = tuple(h for h in held if h is not None)
+        return [ApplyRound(self.plan, self.number, outcomes)]
