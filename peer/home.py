@@ -14,6 +14,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import tempfile
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -266,8 +267,11 @@ def settle(temporary: Path, path: Path) -> None:
 def remove_temporaries(folder: Path) -> None:
     """Remove what a killed process left half written. Only the seat's holder may."""
     for path in folder.glob(TEMPORARY + "*"):
-        with suppress(OSError):
-            path.unlink()
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                path.unlink()
 
 
 def make_folder(folder: Path) -> None:
