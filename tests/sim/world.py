@@ -1,0 +1,474 @@
+"""A world in which group machines live, die and lose messages, in virtual time.
+
+Every peer is the product's own `GroupMachine`; what its driver would do (streams, arithmetic,
+signatures) is done here symbolically: a contribution is (peer, number), an outcome is the set of
+contributions in it, a state is the chain of the outcomes that were applied. Thus a test can ask
+what no real network lets it ask: was anything applied twice, did two peers ever disagree about a
+round's outcome after they had agreed on its digest, did anybody wait longer than a deadline.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import itertools
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+
+from protocols import limits
+from protocols.errors import RemoteProtocolError
+from protocols.events import (
+    Agreed,
+    Applied,
+    ApplyRound,
+    CloseSpan,
+    ContributionDelivered,
+    ContributionFolded,
+    ContributionOffered,
+    ContributionTaken,
+    ContributionUndelivered,
+    Delivered,
+    Differed,
+    DropSpan,
+    Effect,
+    Event,
+    FetchFinished,
+    FetchOutcomes,
+    FetchState,
+    GroupFormed,
+    OutcomeDelivered,
+    OutcomeHeld,
+    OutcomeOffered,
+    OutcomeUndelivered,
+    PlanAdopted,
+    PublishRecord,
+    PushOutcome,
+    Received,
+    RecordIssued,
+    RecordSeen,
+    Send,
+    SendContribution,
+    SignPlan,
+    SpanReduced,
+    StateFailed,
+    StateReady,
+    Suspected,
+    TakeContribution,
+    Tick,
+    Undelivered,
+)
+from protocols.group import GroupConfig, GroupMachine
+from protocols.identity import Signer
+from protocols.messages import (
+    OUTCOME_DOMAIN,
+    PLAN_DOMAIN,
+    Contributor,
+    ContributionHeader,
+    Message,
+    OutcomeHeader,
+    OutcomePush,
+    PlanIssued,
+    decode,
+    encode,
+)
+from protocols.records import PeerRecord, Signed, sign, sign_record
+from protocols.types import Digest, GroupName, PeerId, RunId
+
+RUN = RunId("ab" * 32)
+UNITS = 8
+
+
+@cache
+def signer(index: int) -> Signer:
+    return Signer(hashlib.sha256(b"peer %d" % index).digest())
+
+
+@dataclass(frozen=True)
+class Applying:
+    """One round as one peer applied it: who is inside which units."""
+
+    round: int
+    inside: tuple[tuple[int, int, frozenset[tuple[PeerId, int]]], ...]
+
+
+@dataclass
+class Peer:
+    """One simulated process."""
+
+    signer: Signer
+    site: str
+    machine: GroupMachine
+    incarnation: int = 0
+    alive: bool = True
+    frozen: bool = False
+    speed_s: float = 0.05
+    history: tuple[Applying, ...] = ()
+    contribution: int = 0
+    """Number of this peer's latest contribution."""
+    folded: dict[tuple[int, int], dict[PeerId, int]] = field(default_factory=dict)
+    """(round, span) -> whose contribution number is in our accumulator."""
+    closed: set[tuple[int, int]] = field(default_factory=set)
+    content: dict[bytes, frozenset[tuple[PeerId, int]]] = field(default_factory=dict)
+    kept: dict[int, tuple[tuple[OutcomeHeader, Signed], ...]] = field(default_factory=dict)
+    told: list[tuple[float, Effect]] = field(default_factory=list)
+    refusals: list[str] = field(default_factory=list)
+    inbox: list[Event] = field(default_factory=list)
+
+    @property
+    def id(self) -> PeerId:
+        return self.signer.peer_id
+
+    @property
+    def digest(self) -> Digest:
+        return Digest(hashlib.sha256(repr(self.history).encode()).digest())
+
+
+class World:
+    """Peers, a network between them, and one clock."""
+
+    def __init__(
+        self,
+        seed: int,
+        *,
+        latency_s: float = 0.02,
+        loss: float = 0.0,
+        round_s: float = 5.0,
+        exchange_s: float = 10.0,
+    ) -> None:
+        self.seed = seed
+        self.rng = random.Random(seed)
+        self.now_s = 0.0
+        self.latency_s = latency_s
+        self.loss = loss
+        self.round_s = round_s
+        self.exchange_s = exchange_s
+        self.peers: dict[PeerId, Peer] = {}
+        self.cut: set[frozenset[PeerId]] = set()
+        self.applied: dict[tuple[PeerId, int], list[Applying]] = {}
+        self._queue: list[tuple[float, int, Callable[[], None]]] = []
+        self._order = itertools.count()
+
+    # ── making and breaking ──────────────────────────────────────────────────────────────
+    def add(
+        self, index: int, *, site: str = "a", fresh: bool = False, speed_s: float = 0.05
+    ) -> Peer:
+        """A peer with index's identity; `fresh` = it must get the state from somebody."""
+        config = GroupConfig(
+            run=RUN, units=UNITS, site=site, round_s=self.round_s, exchange_s=self.exchange_s
+        )
+        me = signer(index)
+        old = self.peers.get(me.peer_id)
+        machine = GroupMachine(me.peer_id, config, self.now_s)
+        peer = Peer(me, site, machine, speed_s=speed_s)
+        if old is not None:
+            peer.incarnation = old.incarnation + 1
+            peer.contribution = old.contribution
+        self.peers[peer.id] = peer
+        self._issue_record(peer)
+        if not fresh:
+            self._feed(peer, StateReady(0, peer.digest))
+        self._every(peer, peer.incarnation)
+        self._discover(peer, peer.incarnation)
+        return peer
+
+    def crash(self, peer: Peer) -> None:
+        peer.alive = False
+
+    def freeze(self, peer: Peer, seconds: float) -> None:
+        peer.frozen = True
+
+        def thaw() -> None:
+            peer.frozen = False
+            inbox, peer.inbox = peer.inbox, []
+            for event in inbox:
+                self._feed(peer, event)
+
+        self.after(seconds, thaw)
+
+    def partition(self, left: list[Peer], right: list[Peer], seconds: float) -> None:
+        pairs = {frozenset((a.id, b.id)) for a in left for b in right}
+        self.cut |= pairs
+        self.after(seconds, lambda: self.cut.difference_update(pairs))
+
+    # ── time ─────────────────────────────────────────────────────────────────────────────
+    def after(self, seconds: float, action: Callable[[], None]) -> None:
+        heapq.heappush(self._queue, (self.now_s + seconds, next(self._order), action))
+
+    def run(self, until_s: float) -> None:
+        while self._queue and self._queue[0][0] <= until_s:
+            self.now_s, _, action = heapq.heappop(self._queue)
+            action()
+        self.now_s = until_s
+
+    def run_until(self, condition: Callable[[], bool], within_s: float) -> bool:
+        """Advance until `condition` holds; False if it did not within the time."""
+        end_s = self.now_s + within_s
+        while not condition():
+            if not self._queue or self._queue[0][0] > end_s:
+                self.now_s = end_s
+                return condition()
+            self.now_s, _, action = heapq.heappop(self._queue)
+            action()
+        return True
+
+    @property
+    def living(self) -> list[Peer]:
+        return [p for p in self.peers.values() if p.alive]
+
+    # ── the driver's work, symbolically ──────────────────────────────────────────────────
+    def _every(self, peer: Peer, incarnation: int) -> None:
+        """Tick the machine whenever its deadline comes."""
+
+        def tick() -> None:
+            if not peer.alive or peer.incarnation != incarnation:
+                return
+            if not peer.frozen:
+                self._feed(peer, Tick())
+            wait_s = max(peer.machine.deadline_s - self.now_s, 0.005)
+            self.after(min(wait_s, 0.25), tick)
+
+        self.after(self.rng.uniform(0, 0.1), tick)
+
+    def _discover(self, peer: Peer, incarnation: int) -> None:
+        """Read everybody's records, as from the DHT."""
+        if not peer.alive or peer.incarnation != incarnation:
+            return
+        for other in list(self.peers.values()):
+            if other.id != peer.id and other.alive and not peer.frozen:
+                self._feed(peer, RecordSeen(self._record(other)))
+        self.after(5.0, lambda: self._discover(peer, incarnation))
+
+    def _record(self, peer: Peer) -> PeerRecord:
+        now_ms = int(self.now_s * 1000)
+        return PeerRecord(
+            peer.id, RUN, peer.machine.group, peer.site, (), 10_000, True, peer.machine.round,
+            1000, now_ms, now_ms + 60_000,
+        )  # fmt: skip
+
+    def _issue_record(self, peer: Peer) -> None:
+        record = self._record(peer)
+        self._feed(peer, RecordIssued(sign_record(peer.signer, record), record))
+
+    def _feed(self, peer: Peer, event: Event) -> None:
+        if not peer.alive:
+            return
+        if peer.frozen:
+            if len(peer.inbox) < 1000:
+                peer.inbox.append(event)
+            return
+        try:
+            effects = peer.machine.handle(event, self.now_s)
+        except RemoteProtocolError as error:
+            peer.refusals.append(str(error))
+            return
+        for effect in effects:
+            self._perform(peer, effect)
+
+    def _reaches(self, a: Peer, b: Peer) -> bool:
+        return b.alive and frozenset((a.id, b.id)) not in self.cut
+
+    def _delay_s(self) -> float:
+        delay_s = self.latency_s * self.rng.uniform(0.5, 2.0)
+        while self.rng.random() < self.loss:
+            delay_s += 0.2  # a transport underneath sends again
+        return delay_s
+
+    def _later(self, peer: Peer, seconds: float, event: Event) -> None:
+        incarnation = peer.incarnation
+
+        def act() -> None:
+            if self.peers.get(peer.id) is peer and peer.incarnation == incarnation:
+                self._feed(peer, event)
+
+        self.after(seconds, act)
+
+    def _perform(self, peer: Peer, effect: Effect) -> None:
+        match effect:
+            case Send(to, message):
+                self._send(peer, to, message)
+            case SignPlan(plan, to):
+                signed = sign(peer.signer, PLAN_DOMAIN, plan)
+                for other in to:
+                    self._send(peer, other, PlanIssued(signed))
+            case TakeContribution(number):
+                peer.contribution += 1
+                weight = 100.0
+                self._later(peer, peer.speed_s, ContributionTaken(number, weight))
+            case SendContribution():
+                self._send_contribution(peer, effect)
+            case CloseSpan():
+                self._close(peer, effect)
+            case DropSpan(number, span):
+                peer.folded.pop((number, span), None)
+                peer.closed.discard((number, span))
+            case PushOutcome():
+                self._push(peer, effect)
+            case FetchOutcomes():
+                self._fetch(peer, effect)
+            case ApplyRound():
+                self._apply(peer, effect)
+            case FetchState(donor, _):
+                self._fetch_state(peer, donor)
+            case PublishRecord():
+                self._issue_record(peer)
+            case PlanAdopted() | GroupFormed() | Suspected() | Agreed() | Differed():
+                peer.told.append((self.now_s, effect))
+
+    def _send(self, peer: Peer, to: PeerId, message: Message) -> None:
+        other = self.peers.get(to)
+        delay_s = self._delay_s()
+        if other is None or not self._reaches(peer, other):
+            self._later(peer, delay_s, Undelivered(to, "unreachable"))
+            return
+        data = encode(message)
+        assert len(data) <= limits.CONTROL_BYTES_MAX
+        self._later(other, delay_s, Received(peer.id, decode(data, peer.id)))
+        if other.frozen:
+            self._later(peer, limits.CALL_TIMEOUT_S, Undelivered(to, "no answer"))
+        else:
+            self._later(peer, 2 * delay_s, Delivered(to, 2 * delay_s))
+
+    def _send_contribution(self, peer: Peer, effect: SendContribution) -> None:
+        plan, span = effect.plan, effect.plan.spans[effect.span]
+        number = peer.contribution
+        header = ContributionHeader(
+            plan.run, plan.group, plan.round, plan.epoch, effect.span, span.start, span.stop, 100.0
+        )
+        other = self.peers.get(effect.to)
+        if other is None or not self._reaches(peer, other):
+            bad = ContributionUndelivered(effect.to, plan.round, effect.span, False)
+            self._later(peer, self._delay_s(), bad)
+            return
+
+        def arrive() -> None:
+            failed = ContributionUndelivered(effect.to, plan.round, effect.span, False)
+            if not self._reaches(peer, other) or other.frozen or not peer.alive:
+                self._later(peer, limits.PROGRESS_TIMEOUT_S, failed)
+                return
+            if self.peers.get(other.id) is not other:
+                self._later(peer, 0.1, failed)
+                return
+            try:
+                if other is not peer:
+                    other.machine.handle(ContributionOffered(peer.id, header), self.now_s)
+            except RemoteProtocolError as error:
+                other.refusals.append(str(error))
+                refused = ContributionUndelivered(
+                    effect.to, plan.round, effect.span, "closed" in str(error)
+                )
+                self._later(peer, 0.02, refused)
+                return
+            key = (plan.round, effect.span)
+            if key not in other.closed:
+                other.folded.setdefault(key, {}).setdefault(peer.id, number)
+            self._feed(other, ContributionFolded(peer.id, plan.round, effect.span, True))
+            self._later(peer, 0.02, ContributionDelivered(effect.to, plan.round, effect.span))
+
+        self.after(self._delay_s() * 3, arrive)
+
+    def _close(self, peer: Peer, effect: CloseSpan) -> None:
+        plan, span = effect.plan, effect.plan.spans[effect.span]
+        key = (plan.round, effect.span)
+        peer.closed.add(key)
+        inside = frozenset(peer.folded.get(key, {}).items()) if effect.keep else frozenset()
+        content = hashlib.sha256(repr(sorted(inside)).encode()).digest()
+        header = OutcomeHeader(
+            plan.run, plan.group, plan.round, plan.epoch, effect.span, span.start, span.stop,
+            tuple(Contributor(p, 100.0, b"") for p, _ in sorted(inside)), content, 1, 0.1,
+        )  # fmt: skip
+        peer.content[content] = inside
+        signed = sign(peer.signer, OUTCOME_DOMAIN, header)
+        self._later(peer, 0.02, SpanReduced(header, signed))
+
+    def _push(self, peer: Peer, effect: PushOutcome) -> None:
+        header = effect.header
+        other = self.peers.get(effect.to)
+        failed = OutcomeUndelivered(effect.to, header.round, header.span)
+        if other is None or not self._reaches(peer, other):
+            self._later(peer, self._delay_s(), failed)
+            return
+
+        def arrive() -> None:
+            if (
+                not self._reaches(peer, other)
+                or other.frozen
+                or not peer.alive
+                or self.peers.get(other.id) is not other
+            ):
+                self._later(peer, limits.PROGRESS_TIMEOUT_S, failed)
+                return
+            if other.machine.round <= header.round:
+                try:
+                    push = OutcomePush(effect.epoch, effect.signed)
+                    other.machine.handle(OutcomeOffered(peer.id, push, header), self.now_s)
+                except RemoteProtocolError as error:
+                    other.refusals.append(str(error))
+                    self._later(peer, 0.02, failed)
+                    return
+                other.content[header.content] = peer.content[header.content]
+                self._feed(other, OutcomeHeld(peer.id, header, effect.signed, False))
+            self._later(peer, 0.02, OutcomeDelivered(effect.to, header.round, header.span))
+
+        self.after(self._delay_s() * 2, arrive)
+
+    def _fetch(self, peer: Peer, effect: FetchOutcomes) -> None:
+        other = self.peers.get(effect.peer)
+
+        def answer() -> None:
+            count = 0
+            if other is not None and self._reaches(peer, other) and not other.frozen:
+                held = other.kept.get(effect.round, ())
+                current = other.machine.current
+                if not held and current is not None and current.number == effect.round:
+                    held = tuple(s.outcome for s in current._spans if s.outcome is not None)
+                for header, signed in held:
+                    if effect.span is None or header.span == effect.span:
+                        count += 1
+                        peer.content[header.content] = other.content[header.content]
+                        self._feed(peer, OutcomeHeld(other.id, header, signed, True))
+            self._feed(peer, FetchFinished(effect.peer, effect.round, count, ""))
+
+        frozen = other is not None and other.frozen
+        self.after(limits.PROGRESS_TIMEOUT_S if frozen else self._delay_s() * 3, answer)
+
+    def _apply(self, peer: Peer, effect: ApplyRound) -> None:
+        incarnation = peer.incarnation
+
+        def done() -> None:
+            if not peer.alive or peer.incarnation != incarnation:
+                return
+            assert len(peer.history) == effect.round, (
+                f"seed {self.seed}: {peer.id} applied round {effect.round} on {len(peer.history)}"
+            )
+            inside = tuple(
+                (header.start, header.stop, peer.content[header.content])
+                for header, _ in effect.outcomes
+            )
+            applying = Applying(effect.round, inside)
+            self.applied.setdefault((peer.id, effect.round), []).append(applying)
+            peer.history = (*peer.history, applying)
+            peer.kept[effect.round] = effect.outcomes
+            peer.kept.pop(effect.round - limits.OUTCOME_ROUNDS_KEPT, None)
+            self._feed(peer, Applied(effect.round, peer.digest))
+
+        self.after(0.05, done)
+
+    def _fetch_state(self, peer: Peer, donor: PeerId) -> None:
+        other = self.peers.get(donor)
+
+        def arrive() -> None:
+            ok = other is not None and self._reaches(peer, other) and not other.frozen
+            if not ok or other is None or not other.machine.ready:
+                self._feed(peer, StateFailed(donor, "gone"))
+                return
+            peer.history = other.history
+            peer.kept.clear()
+            self._feed(peer, StateReady(len(peer.history), peer.digest))
+
+        self.after(0.3, arrive)
+
+
+def group_name(site: str) -> GroupName:
+    return GroupName(f"site:{site}")
