@@ -1,0 +1,286 @@
+"""Frames over any two-way pipe of bytes: the `Stream` that every transport hands out.
+
+A frame travels as one or more pieces of at most `FRAME_BYTES_MAX`, each under a header:
+
+    u32 bytes of the frame still to come, this piece included | u32 bytes in this piece
+    u8 kind | u32 CRC-32 of the piece
+
+Pieces keep one read small (reads of a megabyte and more cost 2-3 CPU-seconds per GB in malloc and
+page faults) and let a slow line interleave streams. An explicit END tells an orderly end from a
+stream that was cut short. Memory follows what has arrived, never what a header promises.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import struct
+import zlib
+from typing import Final, Protocol
+
+from peer.net.budget import UploadBudget
+from peer.net.transport import Frame, StreamHandler, TransportError
+from protocols import limits
+from protocols.errors import LocalProtocolError, RemoteProtocolError
+from protocols.types import PeerId
+
+HEADER: Final = struct.Struct(">IIBI")
+END: Final = 127
+REFUSED: Final = 126  # the far side wants no more of this; the payload is its reason
+KIND_MAX: Final = 125
+JOIN_BYTES_MAX: Final = 4096  # below this, copying beats a second system call
+CLOSE_WAIT_S: Final = 2.0  # for the far side's orderly end
+
+
+class Pipe(Protocol):
+    """A two-way pipe of bytes with back-pressure."""
+
+    async def read(self, n: int, /) -> bytes:
+        """At least one and at most `n` bytes; b"" at the end."""
+
+    def write(self, data: bytes | memoryview, /) -> None: ...
+
+    async def drain(self) -> None:
+        """Wait until everything written has left this process: its memory may be reused."""
+
+    def unsent(self) -> int:
+        """Bytes written that have not left yet."""
+
+    def close(self) -> None: ...
+
+    def abort(self) -> None:
+        """Close without sending what is still unsent."""
+
+
+class SocketPipe:
+    """An asyncio reader and writer as a `Pipe`."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writer = writer
+        self.read = reader.read
+        self.write = writer.write
+        self.drain = writer.drain
+        self.unsent = writer.transport.get_write_buffer_size
+        self.abort = writer.transport.abort
+        writer.transport.set_write_buffer_limits(high=0)  # what `drain` promises
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class FramedStream:
+    """`transport.Stream` over a pipe. One task may send while another receives."""
+
+    def __init__(
+        self,
+        pipe: Pipe,
+        peer: PeerId,
+        budget: UploadBudget,
+        *,
+        opened_here: bool,
+        progress_timeout_s: float = limits.PROGRESS_TIMEOUT_S,
+    ) -> None:
+        self.peer = peer
+        self.bytes_out = 0
+        self.bytes_in = 0
+        self.progress_timeout_s = progress_timeout_s
+        self._pipe = pipe
+        self._budget = budget
+        self._opened_here = opened_here
+        self._sending = False
+        self._finished = False
+        """No more frames go out."""
+        self._ended = False
+        """No more frames will come in."""
+        self._broken = ""
+        """Why the stream can't be used any more."""
+
+    # ── transport.Stream ─────────────────────────────────────────────────────────────────
+
+    async def send(self, kind: int, payload: bytes | memoryview) -> None:
+        if not 0 <= kind <= KIND_MAX:
+            raise LocalProtocolError(f"frame kind {kind} is outside 0..{KIND_MAX}")
+        if self._finished or self._sending:
+            raise LocalProtocolError("a stream has one sender at a time, and none after finish()")
+        self._sending = True
+        try:
+            await self._send(kind, memoryview(payload).cast("B"))
+        finally:
+            self._sending = False
+
+    async def receive(self, payload_bytes_max: int) -> Frame | None:
+        if self._ended:
+            return None
+        kind, left, payload = await self._piece(payload_bytes_max)
+        if kind == END:
+            self._ended = True
+            return None
+        if left:
+            whole = bytearray(payload)
+            while left:
+                more_kind, more_left, payload = await self._piece(left, left)
+                if more_kind != kind:
+                    raise self._blame(f"frame of kind {kind} goes on as kind {more_kind}")
+                whole += payload
+                left = more_left
+            payload = bytes(whole)
+        if kind == REFUSED:
+            text = payload[: limits.TEXT_CHARS_MAX].decode(errors="replace")
+            raise self._break(f"refused: {text}")
+        return Frame(kind, payload)
+
+    async def finish(self) -> None:
+        if self._finished or self._broken:
+            return
+        self._finished = True
+        self._budget.charge(HEADER.size)
+        await self._write(END, memoryview(b""), 0)
+
+    async def close(self) -> None:
+        """Close this side. After `finish` it first lets the far side come to its end as well."""
+        if self._finished and not self._broken:
+            try:
+                async with asyncio.timeout(min(CLOSE_WAIT_S, self.progress_timeout_s)):
+                    await self._until_the_end()
+            except (TimeoutError, TransportError, RemoteProtocolError):
+                pass
+        if self._finished and not self._broken:
+            self._pipe.close()
+        else:
+            self._pipe.abort()
+        self._broken = self._broken or "closed here"
+        self._ended = True
+
+    # ── beyond the interface ─────────────────────────────────────────────────────────────
+
+    def abort(self, reason: str) -> None:
+        """Break the stream at once; whoever waits on it gets a TransportError with `reason`."""
+        self._break(reason)
+
+    async def refuse(self, reason: str) -> None:
+        """Tell the far side why nothing more will come; it gets a TransportError."""
+        if self._finished or self._broken or self._sending:
+            return
+        text = reason.encode()[: limits.TEXT_CHARS_MAX]
+        self._budget.charge(HEADER.size + len(text))
+        await self._write(REFUSED, memoryview(text), len(text))
+        await self.finish()
+
+    # ── inside ───────────────────────────────────────────────────────────────────────────
+
+    async def _send(self, kind: int, view: memoryview) -> None:
+        left = len(view)
+        while True:
+            piece = view[: self._budget.piece_bytes]
+            await self._budget.take(HEADER.size + len(piece))
+            await self._write(kind, piece, left)
+            view = view[len(piece) :]
+            left -= len(piece)
+            if not left:
+                return
+
+    async def _write(self, kind: int, piece: memoryview, left: int) -> None:
+        if self._broken:
+            raise TransportError(self.peer, self._broken)
+        header = HEADER.pack(left, len(piece), kind, zlib.crc32(piece))
+        try:
+            if len(piece) <= JOIN_BYTES_MAX:
+                self._pipe.write(header + piece)
+            else:
+                self._pipe.write(header)
+                self._pipe.write(piece)
+            await self._drain()
+        except OSError as error:
+            raise self._break(f"stream broke while sending ({error})") from None
+        except asyncio.CancelledError:
+            self._break("sending was cancelled in the middle of a frame")
+            raise
+        self.bytes_out += HEADER.size + len(piece)
+
+    async def _drain(self) -> None:
+        unsent = self._pipe.unsent()
+        while True:
+            try:
+                async with asyncio.timeout(self.progress_timeout_s):
+                    return await self._pipe.drain()
+            except TimeoutError:
+                before, unsent = unsent, self._pipe.unsent()
+                if unsent >= before:
+                    text = f"took nothing for {self.progress_timeout_s:g} s"
+                    raise self._break(text) from None
+
+    async def _piece(
+        self, left_max: int, left_expected: int | None = None
+    ) -> tuple[int, int, bytes]:
+        """(kind, bytes of the frame after this piece, the piece)."""
+        left, length, kind, crc = HEADER.unpack(await self._exactly(HEADER.size))
+        if left > (left_max if kind <= KIND_MAX else limits.TEXT_CHARS_MAX):
+            raise self._blame(f"frame of {left} bytes where at most {left_max} are allowed")
+        if left_expected is not None and left != left_expected:
+            raise self._blame(f"frame should have {left_expected} bytes left, not {left}")
+        if length > min(left, limits.FRAME_BYTES_MAX) or (left and not length):
+            raise self._blame(f"piece of {length} bytes in a frame of {left}")
+        if kind > END or (kind == END and left):
+            raise self._blame(f"frame of unknown kind {kind}")
+        piece = await self._exactly(length)
+        if zlib.crc32(piece) != crc:
+            raise self._blame("wrong checksum")
+        return kind, left - length, piece
+
+    async def _exactly(self, n: int) -> bytes:
+        data = await self._read(n) if n else b""
+        if len(data) == n:
+            return data
+        whole = bytearray(data)
+        while len(whole) < n:
+            whole += await self._read(n - len(whole))
+        return bytes(whole)
+
+    async def _read(self, n: int) -> bytes:
+        if self._broken:
+            raise TransportError(self.peer, self._broken)
+        try:
+            async with asyncio.timeout(self.progress_timeout_s):
+                data = await self._pipe.read(n)
+        except TimeoutError:
+            raise self._break(f"sent nothing for {self.progress_timeout_s:g} s") from None
+        except OSError as error:
+            raise self._break(f"stream broke while receiving ({error})") from None
+        if not data:
+            raise self._break("stream was cut short")
+        self.bytes_in += len(data)
+        self._budget.received(len(data))
+        return data
+
+    async def _until_the_end(self) -> None:
+        """Whoever opened closes first: it waits for END only, the other side for the real end."""
+        while not self._ended:
+            await self.receive(limits.UNIT_BYTES_MAX)
+        while not self._opened_here and await self._pipe.read(limits.FRAME_BYTES_MAX):
+            pass
+
+    def _break(self, reason: str) -> TransportError:
+        self._broken = self._broken or reason
+        self._pipe.abort()
+        return TransportError(self.peer, self._broken)
+
+    def _blame(self, reason: str) -> RemoteProtocolError:
+        self._break(reason)
+        return RemoteProtocolError(self.peer, reason)
+
+
+async def serve_stream(stream: FramedStream, handler: StreamHandler) -> None:
+    """Run `handler` and close the stream: with an orderly end if it returned.
+
+    A RemoteProtocolError is told to the far side; any other error is the caller's to report.
+    """
+    try:
+        await handler(stream)
+        await stream.finish()
+    except RemoteProtocolError as error:
+        with contextlib.suppress(TransportError):
+            await stream.refuse(error.reason)
+    except TransportError:
+        pass  # the handler let it through: there is nobody left to tell
+    finally:
+        await stream.close()
