@@ -62,7 +62,6 @@ class WeightedMean:
             raise ValueError(f"unit {unit} is outside the span {self._first}..{last}")
         if not WEIGHT_MIN <= weight <= WEIGHT_MAX:  # NaN is not
             raise ValueError(f"weight {weight} is outside {WEIGHT_MIN}..{WEIGHT_MAX}")
-        weight = float(np.float32(weight))  # what the sum is multiplied with, so the total must be
         total = self._sums[index]
         if total is None:
             total = np.zeros(self._sizes[index], np.float32)
