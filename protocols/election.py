@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Collection, Iterable, Sequence
+from functools import lru_cache
 
 from protocols.messages import Plan, Seat, Span
 from protocols.types import Digest, GroupName, PeerId, RunId
@@ -20,6 +21,7 @@ def candidates(group: GroupName, slot: int, seats: Iterable[Seat]) -> list[PeerI
     return [seat.peer for seat in sorted(seats, key=lambda s: (-_score(group, slot, s), s.peer))]
 
 
+@lru_cache(maxsize=2**16)
 def _score(group: GroupName, slot: int, seat: Seat) -> float:
     raw = hashlib.sha256(f"{group}\x00{slot}\x00{seat.peer}".encode()).digest()
     u = (int.from_bytes(raw[:8], "big") + 0.5) / 2**64
@@ -103,7 +105,7 @@ def fault_in(plan: Plan, units: int, aggregators_max: int, *, revises: bool) -> 
     Otherwise, if all its spans are of its own epoch, they must be what anybody would elect.
     """
     peers = plan.peers
-    if not peers or list(peers) != sorted(set(peers)):
+    if not peers or peers != sorted(set(peers)):
         return "a roster that is empty, repeats itself or is out of order"
     if not plan.spans or len(plan.spans) > max(1, aggregators_max):
         return "no spans, or too many"

@@ -395,8 +395,14 @@ class GroupMachine:
         top = max([n.round for n in live], default=0)
         if self.ready:
             top = max(top, self.round)
-        seats = [seat_of(n.record) for n in live if n.round == top]
-        if self.ready and self.round == top and self._record is not None:
+        at_top = self.ready and self.round == top
+        seats = [
+            seat_of(n.record)
+            for n in live
+            # Whoever stands here with another state is about to heal, or we are.
+            if n.round == top and (not at_top or n.digest == self.digest)
+        ]
+        if at_top and self._record is not None:
             seats.append(seat_of(self._record.record))
         latest = self.current or self.previous
         if latest is not None:
@@ -441,7 +447,9 @@ class GroupMachine:
 
     # ── being coordinator ────────────────────────────────────────────────────────────────
     def _coordinate(self, now_s: float) -> list[Effect]:
-        if self.coordinator(now_s) != self.me or now_s - self._started_s < SETTLE_S:
+        healing = self._state_fetch is not None
+        settled = now_s - self._started_s >= SETTLE_S
+        if healing or not settled or self.coordinator(now_s) != self.me:
             return []
         seats = self._seats(now_s)
         if self.current is None:
@@ -760,6 +768,9 @@ class GroupMachine:
         ]
         if not same_round or (self.current is not None and self.current.applying):
             return []
+        behind = any(
+            n.ready and n.round < self.round for n in self.members.live(self.group, now_s)
+        )
         tally = Tally([self.digest, *(n.digest for n in same_round)])
         if len(tally) == 1:
             peers = tuple(sorted([self.me, *(n.record.peer for n in same_round)]))
@@ -769,6 +780,8 @@ class GroupMachine:
                 self._agreed = self.round
                 return [Agreed(self.round, self.digest, peers)]
             return []
+        if behind and now_s - self._applied_s < limits.DIGEST_WAIT_S:
+            return []  # who is the majority shows when all have reported
         return self._heal(same_round, tally, now_s)
 
     def _heal(
@@ -787,7 +800,6 @@ class GroupMachine:
         donors = [n for n in same_round if n.digest == winner]
         effects = self._fetch_state(donors, now_s)
         if effects:
-            self.ready = False
             donor = donors[0].record.peer
             effects.insert(0, Differed(self.round, self.digest, winner, donor))
         return effects

@@ -73,8 +73,8 @@ class Plan:
     """Outer state that everybody starts from."""
 
     @property
-    def peers(self) -> tuple[PeerId, ...]:
-        return tuple(seat.peer for seat in self.roster)
+    def peers(self) -> list[PeerId]:
+        return [seat.peer for seat in self.roster]
 
 
 @dataclass(frozen=True, slots=True)

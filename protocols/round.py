@@ -94,17 +94,23 @@ class Round:
     def deadline_s(self, suspected: set[PeerId]) -> float:
         """When `tick` next has something to do."""
         times = [math.inf]
-        if self.training:
+        if self.training and self.me in self.plan.peers:
             times.append(self.due_s)
+        if not self.applying and self.missing():
+            times.append(self._fetch.at_s)
         for i, span in enumerate(self._spans):
-            if span.outcome is None:
-                if self.plan.spans[i].aggregator == self.me and not span.closing:
-                    times.append(self.collect_s)
-                times.append(self._fetch.at_s)
+            if span.outcome is not None:
+                times += [
+                    t.at_s
+                    for p, t in span.pushes.items()
+                    if p not in suspected and t.count < TRIES_MAX
+                ]
+                continue
+            mine = self.plan.spans[i].aggregator == self.me
+            if mine and not span.closing and span.fetching is None:
+                times.append(self.collect_s)
             if span.own is not None:
                 times.append(span.own.at_s)
-            if span.outcome is not None:
-                times += [t.at_s for p, t in span.pushes.items() if p not in suspected]
         return min(times)
 
     # ── time ─────────────────────────────────────────────────────────────────────────────

@@ -64,8 +64,8 @@ from protocols.identity import Signer
 from protocols.messages import (
     OUTCOME_DOMAIN,
     PLAN_DOMAIN,
-    Contributor,
     ContributionHeader,
+    Contributor,
     Message,
     OutcomeHeader,
     OutcomePush,
@@ -90,7 +90,7 @@ class Applying:
     """One round as one peer applied it: who is inside which units."""
 
     round: int
-    inside: tuple[tuple[int, int, frozenset[tuple[PeerId, int]]], ...]
+    inside: tuple[tuple[int, int, tuple[tuple[PeerId, int], ...]], ...]
 
 
 @dataclass
@@ -226,6 +226,9 @@ class World:
                 return
             if not peer.frozen:
                 self._feed(peer, Tick())
+                assert peer.machine.deadline_s > self.now_s, (
+                    f"seed {self.seed}: a deadline that does not move would spin the driver"
+                )
             wait_s = max(peer.machine.deadline_s - self.now_s, 0.005)
             self.after(min(wait_s, 0.25), tick)
 
@@ -439,11 +442,10 @@ class World:
         def done() -> None:
             if not peer.alive or peer.incarnation != incarnation:
                 return
-            assert len(peer.history) == effect.round, (
-                f"seed {self.seed}: {peer.id} applied round {effect.round} on {len(peer.history)}"
-            )
+            if len(peer.history) != effect.round:
+                return  # a donor's state came first
             inside = tuple(
-                (header.start, header.stop, peer.content[header.content])
+                (header.start, header.stop, tuple(sorted(peer.content[header.content])))
                 for header, _ in effect.outcomes
             )
             applying = Applying(effect.round, inside)
@@ -460,7 +462,8 @@ class World:
 
         def arrive() -> None:
             ok = other is not None and self._reaches(peer, other) and not other.frozen
-            if not ok or other is None or not other.machine.ready:
+            behind = other is None or len(other.history) < len(peer.history)
+            if not ok or other is None or behind or not other.machine.ready:
                 self._feed(peer, StateFailed(donor, "gone"))
                 return
             peer.history = other.history
