@@ -76,7 +76,7 @@ async def answer(
     if error is None and len(task.result()) > limits.CONTROL_BYTES_MAX:
         error = LocalProtocolError(f"response of {len(task.result())} bytes is too large")
     if error is not None:
-        report(f"the handler of a call from {sender} failed", error)
+        _tell_loop(f"the handler of a call from {sender} failed", error)
         return _refusal("internal error")
     return OK + task.result()
 
@@ -97,14 +97,19 @@ def read_answer(peer: PeerId, coded: bytes) -> bytes:
     raise RemoteProtocolError(peer, "malformed answer")
 
 
-def report(message: str, error: BaseException) -> None:
-    """Tell the event loop's exception handler about a bug of ours."""
+def report(task: asyncio.Task[None]) -> None:
+    """Tell the event loop if `task` ended with an error: a bug of ours, or of a handler."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        _tell_loop(f"{task.get_name()}: the handler failed", error)
+
+
+def gone(peer: PeerId, timeout_s: float) -> TransportError:
+    return TransportError(peer, f"no answer within {timeout_s:g} s")
+
+
+def _tell_loop(message: str, error: BaseException) -> None:
     asyncio.get_running_loop().call_exception_handler({"message": message, "exception": error})
 
 
 def _refusal(reason: str) -> bytes:
     return REFUSED + reason.encode()[: limits.TEXT_CHARS_MAX]
-
-
-def gone(peer: PeerId, timeout_s: float) -> TransportError:
-    return TransportError(peer, f"no answer within {timeout_s:g} s")

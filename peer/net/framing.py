@@ -19,6 +19,7 @@ import zlib
 from typing import Final, Protocol
 
 from peer.net.budget import UploadBudget
+from peer.net.calls import Slots
 from peer.net.transport import Frame, StreamHandler, TransportError
 from protocols import limits
 from protocols.errors import LocalProtocolError, RemoteProtocolError
@@ -269,11 +270,15 @@ class FramedStream:
         return RemoteProtocolError(self.peer, reason)
 
 
-async def serve_stream(stream: FramedStream, handler: StreamHandler) -> None:
+async def serve_stream(stream: FramedStream, handler: StreamHandler | None, slots: Slots) -> None:
     """Run `handler` and close the stream: with an orderly end if it returned.
 
     A RemoteProtocolError is told to the far side; any other error is the caller's to report.
     """
+    if handler is None or not slots.enter(stream.peer):
+        with contextlib.suppress(TransportError):
+            await stream.refuse("not ready" if handler is None else "too many streams")
+        return await stream.close()
     try:
         await handler(stream)
         await stream.finish()
@@ -283,4 +288,5 @@ async def serve_stream(stream: FramedStream, handler: StreamHandler) -> None:
     except TransportError:
         pass  # the handler let it through: there is nobody left to tell
     finally:
+        slots.leave(stream.peer)
         await stream.close()

@@ -42,7 +42,16 @@ from hivemind.utils.multiaddr import Multiaddr
 
 from peer.errors import NetworkError
 from peer.net.budget import UploadBudget
-from peer.net.calls import Slots, answer, check_request, gone, read_answer, report
+from peer.net.calls import (
+    CALLS_MAX,
+    CALLS_PER_PEER_MAX,
+    Slots,
+    answer,
+    check_request,
+    gone,
+    read_answer,
+    report,
+)
 from peer.net.framing import FramedStream, SocketPipe, serve_stream
 from peer.net.transport import CallHandler, Stream, StreamHandler, TransportError
 from protocols import limits
@@ -100,7 +109,7 @@ class Libp2pTransport:
         """Peers that answered and have not failed since: no need to dial them."""
         self._on_call: CallHandler | None = None
         self._on_stream: StreamHandler | None = None
-        self._call_slots = Slots(1024, 64)
+        self._call_slots = Slots(CALLS_MAX, CALLS_PER_PEER_MAX)
         self._stream_slots = Slots(limits.STREAMS_MAX, limits.STREAMS_PER_PEER_MAX)
         self._serving: set[asyncio.Task[None]] = set()
         self._streams: WeakSet[FramedStream] = WeakSet()
@@ -224,10 +233,13 @@ class Libp2pTransport:
             self._known.popitem(last=False)
 
     async def connected(self) -> list[PeerId]:
-        """Peers to which there is a connection now."""
+        """Peers to which there is a connection now; none if the daemon does not say."""
         request = p2pd_pb2.Request(type=p2pd_pb2.Request.LIST_PEERS)
-        async with asyncio.timeout(limits.CALL_TIMEOUT_S):
-            response = await self._tell(self.peer_id, request)
+        try:
+            async with asyncio.timeout(limits.CALL_TIMEOUT_S):
+                response = await self._tell(self.peer_id, request)
+        except (TransportError, TimeoutError):
+            return []
         return [PeerId(str(PeerID(peer.id))) for peer in response.peers]
 
     # ── outgoing ─────────────────────────────────────────────────────────────────────────
@@ -312,24 +324,15 @@ class Libp2pTransport:
     ) -> None:
         peer = PeerId(str(info.peer_id))
         stream = self._stream(peer, reader, writer, opened_here=False)
-        task = asyncio.create_task(self._serve(stream), name=f"stream from {peer}")
+        task = asyncio.create_task(
+            serve_stream(stream, self._on_stream, self._stream_slots), name=f"stream from {peer}"
+        )
         self._serving.add(task)
         task.add_done_callback(self._served)
 
-    async def _serve(self, stream: FramedStream) -> None:
-        if self._on_stream is None or not self._stream_slots.enter(stream.peer):
-            with contextlib.suppress(TransportError):
-                await stream.refuse("not ready" if self._on_stream is None else "too many streams")
-            return await stream.close()
-        try:
-            await serve_stream(stream, self._on_stream)
-        finally:
-            self._stream_slots.leave(stream.peer)
-
     def _served(self, task: asyncio.Task[None]) -> None:
         self._serving.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            report(f"the handler of a {task.get_name()} failed", error)
+        report(task)
 
     # ── the daemon's life ────────────────────────────────────────────────────────────────
 
