@@ -71,17 +71,17 @@ def _line(event: ev.Event) -> Line | None:
         case ev.Started():
             return Line(
                 "info",
-                f"{short(event.peer)} trains {clean(event.run_name)} ({count(event.parameters)}"
-                f" parameters) on {clean(event.device)}",
+                f"this is {short(event.peer)}, training {clean(event.run_name)}"
+                f" ({count(event.parameters)} parameters) on {clean(event.device)}",
             )
         case ev.Notice():
             return Line(event.level, clean(event.text))
         case ev.ViaAnswered():
-            return Line("info", f"{clean(event.address)} answered: {short(event.peer)}")
+            return Line("info", f"{address(event.address)} answers")
         case ev.ViaFailed():
             return Line(
                 "warning",
-                f"{clean(event.address)} does not answer ({clean(event.reason)});"
+                f"{address(event.address)} does not answer ({clean(event.reason)});"
                 f" trying again in {event.retry_s:.0f} s",
             )
         case ev.GroupChanged():
@@ -202,6 +202,12 @@ def short(peer: str) -> str:
 
 def names(peers: Iterable[str]) -> str:
     return " ".join(dict.fromkeys(map(short, peers)))
+
+
+def address(multiaddress: str) -> str:
+    """With the peer id at its end made short."""
+    place, mark, peer = multiaddress.rpartition("/p2p/")
+    return clean(place + mark) + short(peer) if mark else clean(multiaddress)
 
 
 def group(name: str) -> str:

@@ -1,0 +1,147 @@
+"""Prometheus metrics, and the small web server for `/metrics` and `/healthz`.
+
+The bootstrap node serves its own registry with the same `serve_http`.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import time
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+from aiohttp import web
+from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+
+from peer.errors import NetworkError
+from peer.observe import events as ev
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+REQUEST_BYTES_MAX: Final = 4096  # nobody has anything to tell these two pages
+CLOSE_TIMEOUT_S: Final = 0.5
+
+
+class Metrics:
+    """A listener that keeps a registry of its own. All names begin with `murmuration_`."""
+
+    def __init__(
+        self,
+        registry: CollectorRegistry | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.registry = registry or CollectorRegistry()
+        self._clock = clock
+        self._saved_s: float | None = None
+        self._round = self._gauge("round", "Rounds of history that this peer's state holds")
+        self._epoch = self._gauge("epoch", "Epoch of the group's plan")
+        self._loss = self._gauge("loss", "Training loss, nats per token")
+        self._validation = self._gauge("validation_loss", "Validation loss, nats per token")
+        self._tokens = self._gauge("tokens_per_second", "Training speed of this peer")
+        self._members = self._gauge("members", "Live members of the group, this peer included")
+        self._waited = self._gauge("waited_ratio", "Share of time that training waited")
+        self._coverage = self._gauge("coverage_ratio", "Least coverage of a span, last round")
+        age = self._gauge("checkpoint_age_seconds", "Since the last checkpoint; NaN before it")
+        age.set_function(self._checkpoint_age_s)
+        self._up = self._counter("bytes_up", "Bytes sent to peers")
+        self._down = self._counter("bytes_down", "Bytes received from peers")
+        self._rounds = self._counter("rounds", "Rounds whose outcome was applied")
+        self._left_out = self._counter("rounds_left_out", "Rounds without this peer's work")
+        self._refused = self._counter("refused", "Messages of peers that broke the rules")
+        self._suspected = self._counter("suspected", "Members that stopped answering")
+        self._differed = self._counter("digests_differed", "Rounds after which we had to heal")
+        self._restarts = self._counter("daemon_restarts", "Deaths of the network daemon")
+        self._bytes = (0, 0)
+
+    def __call__(self, event: ev.Event) -> None:
+        match event:
+            case ev.Progress():
+                self._progress(event)
+            case ev.RoundFinished():
+                self._rounds.inc()
+                self._left_out.inc(event.included <= 0)
+                self._coverage.set(min((span.coverage for span in event.spans), default=0.0))
+                if event.validation_loss is not None:
+                    self._validation.set(event.validation_loss)
+            case ev.GroupChanged():
+                self._members.set(len(event.members))
+            case ev.PeerRefused():
+                self._refused.inc()
+            case ev.MemberSuspected():
+                self._suspected.inc()
+            case ev.DigestDiffered():
+                self._differed.inc()
+            case ev.DaemonRestarted():
+                self._restarts.inc()
+            case ev.CheckpointSaved():
+                self._saved_s = self._clock()
+
+    def _progress(self, event: ev.Progress) -> None:
+        self._round.set(event.round)
+        self._epoch.set(event.epoch)
+        self._loss.set(event.loss)
+        self._tokens.set(event.tokens_per_s)
+        self._members.set(len(event.members))
+        self._waited.set(event.waited_share)
+        up, down = self._bytes
+        self._up.inc(max(0, event.bytes_up - up))
+        self._down.inc(max(0, event.bytes_down - down))
+        self._bytes = (event.bytes_up, event.bytes_down)
+
+    def _checkpoint_age_s(self) -> float:
+        return float("nan") if self._saved_s is None else self._clock() - self._saved_s
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(f"murmuration_{name}", text, registry=self.registry)
+
+    def _counter(self, name: str, text: str) -> Counter:
+        return Counter(f"murmuration_{name}", text, registry=self.registry)
+
+
+@asynccontextmanager
+async def serve_http(
+    registry: CollectorRegistry,
+    health: Callable[[], dict[str, Any]],
+    host: str = "127.0.0.1",
+    port: int = 0,
+) -> AsyncIterator[int]:
+    """Serve `/metrics` and `/healthz` for the block's length; yields the port (0 = any free).
+
+    `/healthz` is `health()` as JSON, with status 503 where it holds `"ok": False`.
+
+    Raises:
+        NetworkError: the port is taken, or not ours to take.
+    """
+
+    async def metrics(request: web.Request) -> web.Response:
+        body = generate_latest(registry)
+        return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    async def healthz(request: web.Request) -> web.Response:
+        facts = health()
+        status = 503 if facts.get("ok") is False else 200
+        text = json.dumps(facts, default=str)
+        return web.Response(text=text, content_type="application/json", status=status)
+
+    app = web.Application(client_max_size=REQUEST_BYTES_MAX)
+    app.router.add_get("/metrics", metrics)
+    app.router.add_get("/healthz", healthz)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=CLOSE_TIMEOUT_S)
+    await runner.setup()
+    try:
+        try:
+            await web.TCPSite(runner, host, port).start()
+        except OSError as error:
+            taken = error.errno == errno.EADDRINUSE
+            why = "is taken" if taken else f"can't be had ({error.strerror or error})"
+            raise NetworkError(
+                f"port {port} on {host} {why}; choose another with --metrics-port"
+            ) from error
+        bound: int = runner.addresses[0][1]
+        yield bound
+    finally:
+        await runner.cleanup()
