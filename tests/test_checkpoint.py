@@ -299,3 +299,5 @@ def test_kill_at_any_moment_loses_nothing_that_was_reported(tmp_path: Path) -> N
         assert (found.arrays["w"] == found.round).all()
         for entry in found.journal:
             assert entry.units == [entry.round.to_bytes(8, "big") * 5000]
+    CheckpointStore(tmp_path)
+    assert not [name for name in names(tmp_path) if name.startswith(".")]

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 from typing import TYPE_CHECKING
 
+from blockbuster import blockbuster_ctx
+
+from peer.observe.console import open_console
 from peer.observe.events import Notice, PeerRefused, Progress
 from peer.observe.hub import Hub, as_record
+from peer.observe.jsonl import JsonlLog
+from peer.observe.metrics import Metrics
 from tests.observe.story import ANN, JOIN, LIFE, ME, PEERS, progress
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import pytest
 
     from peer.observe.events import Event
@@ -108,3 +116,17 @@ def test_rates_are_taken_over_the_last_seconds() -> None:
     assert round(down) == 7
     now_s += 1.5
     assert hub.state.due_s() == 2.5
+
+
+async def test_no_listener_ever_blocks_the_loop(tmp_path: Path) -> None:
+    hub = Hub()
+    with (
+        JsonlLog(tmp_path / "log.jsonl", announce=hub.emit) as log,
+        open_console(hub, stream=io.StringIO()),
+    ):
+        hub.listen(log)
+        hub.listen(Metrics())
+        with blockbuster_ctx():
+            for event in LIFE:
+                hub.emit(event)
+    assert set(hub.counts.values()) == {1}
