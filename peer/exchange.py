@@ -1,0 +1,492 @@
+"""The data plane of a round: contributions in, means out, and whoever missed something is served.
+
+Everything bulky happens here and nothing is decided here: the group machine says what to send,
+close, push and fetch; this module streams, folds and verifies. A span's accumulator knows for each
+sender which units are inside, so a contribution that is sent again, or breaks off, is never folded
+twice, and the outcome's proof says exactly whose work is in which unit.
+
+Arithmetic runs in one codec thread, in batches, so that the event loop only moves bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import struct
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Final, TypeVar
+
+from peer.net.transport import Stream, Transport, TransportError
+from peer.train.method import Contribution, Reducer
+from protocols import limits
+from protocols.errors import RemoteProtocolError
+from protocols.identity import Signer
+from protocols.messages import (
+    OUTCOME_DOMAIN,
+    ContributionHeader,
+    Contributor,
+    OutcomeHeader,
+    OutcomePush,
+    OutcomeQuery,
+    Plan,
+    encode,
+    open_signed,
+)
+from protocols.records import Signed, sign
+from protocols.schema import SchemaError, pack, unpack
+from protocols.types import Digest, PeerId
+
+T = TypeVar("T")
+
+HEADER: Final = 1
+UNIT: Final = 2
+REPLY: Final = 3
+OUTCOME: Final = 4
+BYTES: Final = 5
+
+YES: Final = 0
+LATER: Final = 1
+HAVE: Final = 2
+NO: Final = 3
+
+BATCH_UNITS: Final = 8  # half a million values: a few milliseconds of codec work at a time
+REASON_BYTES_MAX: Final = 2048
+_INDEX: Final = struct.Struct("<I")
+
+
+class RefusedError(Exception):
+    """The far side will not take (LATER: not yet; NO: not at all) what we offered."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A reduced span: proof and content."""
+
+    header: OutcomeHeader
+    signed: Signed
+    units: tuple[bytes, ...]
+
+
+@dataclass(slots=True)
+class _OpenSpan:
+    """An accumulator and who is in it."""
+
+    reducer: Reducer
+    opened_s: float
+    weights: dict[PeerId, float] = field(default_factory=dict)
+    masks: dict[PeerId, bytearray] = field(default_factory=dict)
+    closed: bool = False
+
+
+def content_digest(units: Iterable[bytes]) -> Digest:
+    """SHA-256 over the units' lengths and bytes: what an outcome's proof commits to."""
+    total = hashlib.sha256()
+    for unit in units:
+        total.update(_INDEX.pack(len(unit)))
+        total.update(unit)
+    return Digest(total.digest())
+
+
+class Exchange:
+    """Streams of one peer's rounds. Single-threaded but for the codec thread's arithmetic."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        signer: Signer,
+        reducer: Callable[[int, int], Reducer],
+    ) -> None:
+        self._transport = transport
+        self._signer = signer
+        self._new_reducer = reducer
+        self._codec = ThreadPoolExecutor(1, thread_name_prefix="codec")
+        self._own: tuple[int, Contribution] | None = None
+        self._spans: dict[tuple[int, int, int], _OpenSpan] = {}
+        self.outcomes: dict[int, dict[int, Outcome]] = {}
+        """round -> first unit -> outcome; the last `OUTCOME_ROUNDS_KEPT` rounds."""
+
+    async def close(self) -> None:
+        self._codec.shutdown(wait=False, cancel_futures=True)
+
+    async def _compute(self, fn: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._codec, fn)
+
+    # ── contributions, outgoing ──────────────────────────────────────────────────────────
+    def offer(self, number: int, contribution: Contribution) -> None:
+        """This round's frozen work; kept until the next, as an aggregator may die."""
+        self._own = (number, contribution)
+
+    async def send_contribution(self, plan: Plan, index: int, to: PeerId) -> bool:
+        """Stream our units of a span to its aggregator; whether all of it is inside.
+
+        Raises:
+            TransportError, RemoteProtocolError: the stream broke.
+            RefusedError: it does not take them.
+        """
+        span = plan.spans[index]
+        if self._own is None or self._own[0] != plan.round:
+            raise RefusedError(NO, "nothing to send")
+        contribution = self._own[1]
+        if to == self._transport.peer_id:
+            return await self._fold_own(plan, index, contribution)
+        header = ContributionHeader(
+            plan.run,
+            plan.group,
+            plan.round,
+            plan.epoch,
+            index,
+            span.start,
+            span.stop,
+            float(contribution.weight),
+        )
+        stream = await self._transport.open(to, limits.CONNECT_TIMEOUT_S)
+        try:
+            await stream.send(HEADER, encode(header))
+            await _expect_yes(stream)
+            if contribution.weight > 0:
+                for start in range(span.start, span.stop, BATCH_UNITS):
+                    stop = min(start + BATCH_UNITS, span.stop)
+                    payloads = await self._compute(
+                        lambda a=start, b=stop: [contribution.encode(u) for u in range(a, b)]  # type: ignore[misc]
+                    )
+                    for unit, payload in enumerate(payloads, start):
+                        await stream.send(UNIT, _INDEX.pack(unit) + payload)
+            await stream.finish()
+            await _expect_yes(stream)
+        finally:
+            await stream.close()
+        return True
+
+    async def _fold_own(self, plan: Plan, index: int, contribution: Contribution) -> bool:
+        span = plan.spans[index]
+        state = self._span(plan.round, span.start, span.stop)
+        me = self._transport.peer_id
+        if contribution.weight <= 0:
+            return True
+        for start in range(span.start, span.stop, BATCH_UNITS):
+            if state.closed:
+                return False
+            stop = min(start + BATCH_UNITS, span.stop)
+            fresh = [u for u in range(start, stop) if not _has(state, me, u - span.start)]
+            payloads = await self._compute(
+                lambda units=fresh: [(u, contribution.encode(u)) for u in units]  # type: ignore[misc]
+            )
+            await self._fold(state, me, contribution.weight, span.start, span.stop, payloads)
+        return True
+
+    # ── contributions, incoming ──────────────────────────────────────────────────────────
+    async def receive_contribution(self, stream: Stream, header: ContributionHeader) -> bool:
+        """Fold what an admitted sender streams; whether the whole span arrived.
+
+        Raises:
+            RemoteProtocolError: a unit that is not this span's, or not a valid coded unit.
+            TransportError: the stream broke; what arrived stays inside.
+        """
+        state = self._span(header.round, header.start, header.stop)
+        await _reply(stream, YES)
+        if header.weight <= 0:
+            await stream.receive(0)
+            await _reply(stream, YES)
+            return True
+        batch: list[tuple[int, bytes]] = []
+        done = False
+        while not done:
+            frame = await stream.receive(limits.UNIT_BYTES_MAX + _INDEX.size)
+            if frame is None:
+                done = True
+            else:
+                unit, payload = _unit_of(stream.peer, frame.kind, frame.payload)
+                if not header.start <= unit < header.stop:
+                    raise RemoteProtocolError(stream.peer, f"unit {unit} is not in its span")
+                if not _has(state, stream.peer, unit - header.start):
+                    batch.append((unit, payload))
+            if batch and (done or len(batch) >= BATCH_UNITS):
+                await self._fold(
+                    state, stream.peer, header.weight, header.start, header.stop, batch
+                )
+                batch = []
+        whole = all(_has(state, stream.peer, i) for i in range(header.stop - header.start))
+        if not whole and not state.closed:
+            raise RemoteProtocolError(stream.peer, "ended its contribution early")
+        await _reply(stream, YES)
+        return whole
+
+    async def _fold(
+        self,
+        state: _OpenSpan,
+        sender: PeerId,
+        weight: float,
+        start: int,
+        stop: int,
+        batch: list[tuple[int, bytes]],
+    ) -> None:
+        if state.closed or not batch:
+            return
+        state.weights.setdefault(sender, weight)
+        weight = state.weights[sender]  # one weight per sender, whatever it says the second time
+        mask = state.masks.setdefault(sender, bytearray((stop - start + 7) // 8))
+        for unit, _ in batch:
+            offset = unit - start
+            if mask[offset // 8] >> (offset % 8) & 1:
+                raise RemoteProtocolError(sender, f"unit {unit} twice")
+            mask[offset // 8] |= 1 << (offset % 8)
+        folded = 0
+
+        def fold() -> None:
+            nonlocal folded
+            for unit, payload in batch:
+                state.reducer.fold(unit, weight, payload)
+                folded += 1
+
+        try:
+            await self._compute(fold)
+        except ValueError as error:
+            raise RemoteProtocolError(sender, f"unit {batch[folded][0]}: {error}") from None
+        finally:
+            for unit, _ in batch[folded:]:
+                offset = unit - start
+                mask[offset // 8] &= ~(1 << (offset % 8))
+
+    def _span(self, number: int, start: int, stop: int) -> _OpenSpan:
+        key = (number, start, stop)
+        if key not in self._spans:
+            self._spans[key] = _OpenSpan(self._new_reducer(start, stop), time.monotonic())
+        return self._spans[key]
+
+    # ── outcomes ─────────────────────────────────────────────────────────────────────────
+    async def close_span(self, plan: Plan, index: int, *, keep: bool) -> Outcome:
+        """Reduce, sign and hold what is inside the accumulator (nothing if not `keep`)."""
+        span = plan.spans[index]
+        state = self._span(plan.round, span.start, span.stop)
+        state.closed = True
+        units = tuple(await self._compute(state.reducer.finish))
+        contributors = _contributors(state, span.stop - span.start) if keep else ()
+        if not contributors:
+            units = (b"",) * (span.stop - span.start)
+        header = OutcomeHeader(
+            plan.run,
+            plan.group,
+            plan.round,
+            plan.epoch,
+            index,
+            span.start,
+            span.stop,
+            contributors,
+            await self._compute(lambda: content_digest(units)),
+            sum(map(len, units)),
+            time.monotonic() - state.opened_s,
+        )
+        outcome = Outcome(header, sign(self._signer, OUTCOME_DOMAIN, header), units)
+        self.hold(outcome)
+        del self._spans[(plan.round, span.start, span.stop)]
+        return outcome
+
+    def drop_span(self, number: int, start: int, stop: int) -> None:
+        state = self._spans.pop((number, start, stop), None)
+        if state is not None:
+            state.closed = True
+
+    def hold(self, outcome: Outcome) -> None:
+        kept = self.outcomes.setdefault(outcome.header.round, {})
+        kept[outcome.header.start] = outcome
+
+    def find(self, header: OutcomeHeader) -> Outcome | None:
+        """The held outcome with exactly this proof."""
+        outcome = self.outcomes.get(header.round, {}).get(header.start)
+        if outcome is None or outcome.header.content != header.content:
+            return None
+        return outcome
+
+    def settle(self, number: int, applied: Iterable[Outcome]) -> None:
+        """Round `number` was applied: keep exactly its outcomes, forget what is too old."""
+        self.outcomes[number] = {o.header.start: o for o in applied}
+        oldest = number - limits.OUTCOME_ROUNDS_KEPT
+        for old in [n for n in self.outcomes if n <= oldest or n > number + 1]:
+            del self.outcomes[old]
+        for key in [k for k in self._spans if k[0] <= number]:
+            self.drop_span(*key)
+
+    async def push_outcome(self, epoch: int, outcome: Outcome, to: PeerId) -> None:
+        """Stream a held outcome to a member; raises like `send_contribution`."""
+        stream = await self._transport.open(to, limits.CONNECT_TIMEOUT_S)
+        try:
+            await stream.send(HEADER, encode(OutcomePush(epoch, outcome.signed)))
+            if await _answer(stream) == HAVE:
+                return
+            await _send_units(stream, outcome)
+            await stream.finish()
+            await _expect_yes(stream)
+        finally:
+            await stream.close()
+
+    async def receive_outcome(self, stream: Stream, header: OutcomeHeader, signed: Signed) -> None:
+        """Take an admitted outcome and hold it, once its content matches its proof.
+
+        Raises:
+            RemoteProtocolError: the content is not what the proof says.
+        """
+        await _reply(stream, YES)
+        units: list[bytes] = []
+        size = 0
+        while (frame := await stream.receive(limits.UNIT_BYTES_MAX + _INDEX.size)) is not None:
+            size = self._take_unit(stream.peer, header, frame.kind, frame.payload, units, size)
+        await self._verify(stream.peer, header, signed, units)
+        await _reply(stream, YES)
+
+    def _take_unit(
+        self,
+        sender: PeerId,
+        header: OutcomeHeader,
+        kind: int,
+        data: bytes,
+        units: list[bytes],
+        size: int,
+    ) -> int:
+        unit, payload = _unit_of(sender, kind, data)
+        if unit != header.start + len(units) or unit >= header.stop:
+            raise RemoteProtocolError(sender, f"unit {unit} of an outcome is out of order")
+        size += len(payload)
+        if size > header.content_bytes:
+            raise RemoteProtocolError(sender, "an outcome larger than its proof says")
+        units.append(payload)
+        return size
+
+    async def _verify(
+        self, sender: PeerId, header: OutcomeHeader, signed: Signed, units: list[bytes]
+    ) -> None:
+        if len(units) != header.stop - header.start:
+            raise RemoteProtocolError(sender, "an outcome that ends early")
+        if await self._compute(lambda: content_digest(units)) != header.content:
+            raise RemoteProtocolError(sender, "an outcome that does not match its proof")
+        self.hold(Outcome(header, signed, tuple(units)))
+
+    # ── serving and fetching what somebody missed ────────────────────────────────────────
+    async def serve_outcomes(self, stream: Stream, query: OutcomeQuery) -> None:
+        """Send what we hold of a round."""
+        held = self.outcomes.get(query.round, {})
+        for outcome in [held[start] for start in sorted(held)]:
+            header = outcome.header
+            if header.group != query.group or query.span not in (None, header.span):
+                continue
+            await stream.send(OUTCOME, pack(outcome.signed))
+            await _send_units(stream, outcome)
+        await stream.finish()
+
+    async def fetch_outcomes(
+        self,
+        peer: PeerId,
+        query: OutcomeQuery,
+        got: Callable[[OutcomeHeader, Signed], None],
+    ) -> int:
+        """Ask `peer` for a round's outcomes; `got` each as it is held; how many came.
+
+        Raises:
+            TransportError, RemoteProtocolError: the stream broke, or what came is no outcome.
+        """
+        stream = await self._transport.open(peer, limits.CONNECT_TIMEOUT_S)
+        count = 0
+        current: tuple[OutcomeHeader, Signed] | None = None
+        units: list[bytes] = []
+        size = 0
+        try:
+            await stream.send(HEADER, encode(query))
+            await stream.finish()
+            while True:
+                frame = await stream.receive(limits.UNIT_BYTES_MAX + _INDEX.size)
+                if frame is not None and frame.kind == UNIT and current is not None:
+                    size = self._take_unit(peer, current[0], frame.kind, frame.payload, units, size)
+                    continue
+                if current is not None:
+                    await self._verify(peer, *current, units)
+                    got(*current)
+                    count += 1
+                if frame is None:
+                    return count
+                if count >= limits.AGGREGATORS_MAX:
+                    raise RemoteProtocolError(peer, "more outcomes than a round has")
+                current = _signed_outcome(peer, frame.kind, frame.payload, query)
+                units, size = [], 0
+        finally:
+            await stream.close()
+
+
+# ── helpers ──────────────────────────────────────────────────────────────────────────────
+def _signed_outcome(
+    peer: PeerId, kind: int, data: bytes, query: OutcomeQuery
+) -> tuple[OutcomeHeader, Signed]:
+    if kind != OUTCOME:
+        raise RemoteProtocolError(peer, f"a frame of kind {kind} where an outcome should start")
+    try:
+        signed = unpack(Signed, data)
+    except SchemaError as error:
+        raise RemoteProtocolError(peer, str(error)) from None
+    header = open_signed(signed, OUTCOME_DOMAIN, OutcomeHeader, peer)
+    if (header.run, header.group, header.round) != (query.run, query.group, query.round):
+        raise RemoteProtocolError(peer, "an outcome that nobody asked for")
+    return header, signed
+
+
+def _unit_of(sender: PeerId, kind: int, data: bytes) -> tuple[int, bytes]:
+    if kind != UNIT or len(data) < _INDEX.size:
+        raise RemoteProtocolError(sender, f"a frame of kind {kind} where a unit should be")
+    return _INDEX.unpack_from(data)[0], data[_INDEX.size :]
+
+
+def _has(state: _OpenSpan, sender: PeerId, offset: int) -> bool:
+    mask = state.masks.get(sender)
+    return mask is not None and bool(mask[offset // 8] >> (offset % 8) & 1)
+
+
+def _contributors(state: _OpenSpan, size: int) -> tuple[Contributor, ...]:
+    """Everyone with at least one unit inside, in order; full masks are left out."""
+    found: list[Contributor] = []
+    for peer in sorted(state.masks):
+        inside = sum(byte.bit_count() for byte in state.masks[peer])
+        if inside:
+            mask = b"" if inside == size else bytes(state.masks[peer])
+            found.append(Contributor(peer, state.weights[peer], mask))
+    return tuple(found)
+
+
+async def _send_units(stream: Stream, outcome: Outcome) -> None:
+    for unit, payload in enumerate(outcome.units, outcome.header.start):
+        await stream.send(UNIT, _INDEX.pack(unit) + payload)
+
+
+async def _reply(stream: Stream, status: int, reason: str = "") -> None:
+    await stream.send(REPLY, bytes([status]) + reason.encode()[: REASON_BYTES_MAX - 1])
+
+
+async def refuse(stream: Stream, status: int, reason: str) -> None:
+    """Tell the opener of `stream` why not, and wait for it to close."""
+    try:
+        await _reply(stream, status, reason)
+        await stream.finish()
+    except TransportError:
+        pass  # it has gone already
+
+
+async def _answer(stream: Stream) -> int:
+    """YES or HAVE.
+
+    Raises:
+        RefusedError: LATER or NO, with the far side's reason.
+    """
+    frame = await stream.receive(REASON_BYTES_MAX)
+    if frame is None or frame.kind != REPLY or not frame.payload:
+        raise RemoteProtocolError(stream.peer, "no reply where one is due")
+    status = frame.payload[0]
+    if status not in (YES, HAVE):
+        raise RefusedError(status, frame.payload[1:].decode(errors="replace"))
+    return status
+
+
+async def _expect_yes(stream: Stream) -> None:
+    await _answer(stream)
