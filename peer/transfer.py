@@ -72,7 +72,7 @@ async def serve_state(stream: Stream, number: int, digest: Digest, arrays: Array
     await stream.send(REPLY, bytes([YES]) + pack(note))
     sent = 0
     for tensor in note.tensors:
-        raw = memoryview(np.ascontiguousarray(arrays[tensor.name]).reshape(-1).view(np.uint8))
+        raw = _raw(arrays[tensor.name])
         for start in range(0, len(raw), PIECE_BYTES):
             piece = raw[start : start + PIECE_BYTES]
             await stream.send(BYTES, piece)
@@ -104,7 +104,7 @@ async def fetch_state(
         size = 0
         for tensor in note.tensors:
             array = np.empty(tensor.shape, dtype=np.dtype(tensor.dtype))
-            await _fill(stream, memoryview(array.reshape(-1).view(np.uint8)))
+            await _fill(stream, _raw(array))
             arrays[tensor.name] = array
             size += array.nbytes
         if await stream.receive(0) is not None:
@@ -172,6 +172,11 @@ def file_sha256(path: Path) -> str:
         while piece := file.read(PIECE_BYTES):
             total.update(piece)
     return total.hexdigest()
+
+
+def _raw(array: npt.NDArray[Any]) -> memoryview:
+    """The bytes of a contiguous array, without a copy."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 async def _first(stream: Stream, bytes_max: int) -> bytes:

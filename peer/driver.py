@@ -1,0 +1,523 @@
+"""The one place where the group's machine meets the world.
+
+`feed` hands the machine an event and performs the effects it answers with; everything that takes
+time becomes an owned task whose end is another event. There are no locks: the machine is only ever
+touched here, in the event loop, and never waits. One liar or one dead peer ends its own task, never
+the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+from peer.exchange import (
+    HAVE,
+    HEADER,
+    LATER,
+    NO,
+    Exchange,
+    Outcome,
+    RefusedError,
+    refuse,
+)
+from peer.net.transport import Stream, Transport, TransportError
+from peer.observe import events as ev
+from peer.train.method import ArrayMap, Contribution
+from peer.transfer import TensorNote, fetch_state, serve_state
+from protocols import limits
+from protocols.errors import RemoteProtocolError
+from protocols.events import (
+    Agreed,
+    Applied,
+    ApplyRound,
+    CloseSpan,
+    ContributionDelivered,
+    ContributionFolded,
+    ContributionOffered,
+    ContributionTaken,
+    ContributionUndelivered,
+    Delivered,
+    Differed,
+    DropSpan,
+    Effect,
+    Event,
+    FetchFinished,
+    FetchOutcomes,
+    FetchState,
+    GroupFormed,
+    OutcomeDelivered,
+    OutcomeHeld,
+    OutcomeOffered,
+    OutcomeUndelivered,
+    PlanAdopted,
+    PublishRecord,
+    PushOutcome,
+    Received,
+    Send,
+    SendContribution,
+    SignPlan,
+    SpanReduced,
+    StateFailed,
+    StateReady,
+    Suspected,
+    TakeContribution,
+    Tick,
+    Undelivered,
+)
+from protocols.group import GroupMachine
+from protocols.identity import Signer
+from protocols.messages import (
+    OUTCOME_DOMAIN,
+    PLAN_DOMAIN,
+    AssetQuery,
+    ContributionHeader,
+    Heartbeat,
+    Hello,
+    Message,
+    OutcomeHeader,
+    OutcomePush,
+    OutcomeQuery,
+    Plan,
+    PlanIssued,
+    StateQuery,
+    decode,
+    decode_header,
+    encode,
+    open_signed,
+)
+from protocols.records import Signed, read_record, sign
+from protocols.schema import SchemaError
+from protocols.types import Digest, PeerId
+
+REFUSALS_TOLD_MAX: Final = 64  # per peer; a flood of nonsense must not flood the log
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A frozen contribution and what a log wants to know of it."""
+
+    contribution: Contribution
+    loss: float
+    steps: int
+    blocks: list[tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class AppliedFacts:
+    """What applying a round gave."""
+
+    digest: Digest
+    included: float
+    """Share of the units whose mean contains this peer's contribution."""
+
+
+class Learner(Protocol):
+    """Training, as the driver needs it. Every call leaves the event loop free."""
+
+    round: int
+    """Rounds in the outer state."""
+    tensors: tuple[TensorNote, ...]
+    """The outer state's layout."""
+
+    async def take(self, number: int) -> Taken: ...
+
+    async def apply(
+        self, number: int, outcomes: list[Outcome], plan: Plan | None
+    ) -> AppliedFacts | None:
+        """Apply a round; None if the state has moved on meanwhile."""
+
+    async def snapshot(self) -> tuple[int, Digest, ArrayMap]: ...
+
+    async def load(self, number: int, digest: Digest, arrays: ArrayMap) -> bool:
+        """Take a donor's state; False if it is older than ours or not what its digest says."""
+
+
+class Driver:
+    """Runs one `GroupMachine` over a transport. Use as an async context manager."""
+
+    def __init__(
+        self,
+        machine: GroupMachine,
+        transport: Transport,
+        signer: Signer,
+        exchange: Exchange,
+        learner: Learner,
+        emit: ev.Listener,
+        *,
+        publish: Callable[[], None],
+        serve_asset: Callable[[Stream, AssetQuery], Coroutine[Any, Any, None]],
+        on_plan: Callable[[Plan], None] = lambda _: None,
+    ) -> None:
+        """`publish`: sign and store our record anew; `on_plan`: somebody else wants to know."""
+        self.machine = machine
+        self.transport = transport
+        self.signer = signer
+        self.exchange = exchange
+        self.learner = learner
+        self.emit = emit
+        self._publish = publish
+        self._serve_asset = serve_asset
+        self._on_plan = on_plan
+        self._outboxes: dict[PeerId, deque[Message]] = {}
+        self._wake = asyncio.Event()
+        self._tasks: asyncio.TaskGroup | None = None
+        self._refusals: dict[PeerId, int] = {}
+        self._serving_state = asyncio.Semaphore(2)
+        self._due: dict[int, tuple[float, Plan]] = {}
+        self._sent: dict[int, Taken] = {}
+        self._coordinator: PeerId | None = None
+        self.round_finished: Callable[[int, AppliedFacts, list[Outcome], Plan | None, float], None]
+        self.round_finished = lambda *_: None
+
+    # ── life ─────────────────────────────────────────────────────────────────────────────
+    async def run(self) -> None:
+        """Drive until cancelled. Cancelling ends every task that this driver started."""
+        self.transport.serve(self._on_call, self._on_stream)
+        async with asyncio.TaskGroup() as tasks:
+            self._tasks = tasks
+            while True:
+                self.feed(Tick())
+                self._wake.clear()
+                wait_s = max(0.0, self.machine.deadline_s - time.monotonic())
+                try:
+                    async with asyncio.timeout(min(wait_s, 1.0)):
+                        await self._wake.wait()
+                except TimeoutError:
+                    pass
+
+    def feed(self, event: Event) -> None:
+        """Hand the machine an event and do what it wants; a peer's blunder is noted, no more."""
+        try:
+            self._handle(event)
+        except RemoteProtocolError as error:
+            self.refused(error)
+
+    def _handle(self, event: Event) -> None:
+        effects = self.machine.handle(event, time.monotonic())
+        for effect in effects:
+            self._perform(effect)
+        if effects:
+            self._wake.set()
+
+    def refused(self, error: RemoteProtocolError) -> None:
+        """A peer broke the rules: say so (so often and no more), change nothing."""
+        if len(self._refusals) >= limits.KNOWN_PEERS_MAX:
+            self._refusals.clear()
+        count = self._refusals.get(error.peer, 0) + 1
+        self._refusals[error.peer] = count
+        if count <= REFUSALS_TOLD_MAX:
+            self.emit(ev.PeerRefused(error.peer, error.reason))
+
+    def _start(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        if self._tasks is None:
+            work.close()
+            return
+        self._tasks.create_task(work, name=name)
+
+    # ── effects ──────────────────────────────────────────────────────────────────────────
+    def _perform(self, effect: Effect) -> None:
+        match effect:
+            case Send(peer, message):
+                self._post(peer, message)
+            case SignPlan(plan, to):
+                signed = sign(self.signer, PLAN_DOMAIN, plan)
+                for peer in to:
+                    self._post(peer, PlanIssued(signed))
+            case TakeContribution(number):
+                self._start(self._take(number), f"take {number}")
+            case SendContribution(plan, span, to):
+                self._start(self._send_contribution(plan, span, to), f"send {span} to {to}")
+            case CloseSpan(plan, span, keep):
+                self._start(self._close_span(plan, span, keep), f"close {span}")
+            case DropSpan(number, span):
+                plan_now = self._due.get(number)
+                if plan_now is not None:
+                    bounds = plan_now[1].spans[span]
+                    self.exchange.drop_span(number, bounds.start, bounds.stop)
+            case PushOutcome():
+                self._start(self._push(effect), f"push {effect.header.span} to {effect.to}")
+            case FetchOutcomes(peer, number, span):
+                self._start(self._fetch(peer, number, span), f"fetch {number} from {peer}")
+            case ApplyRound():
+                self._start(self._apply(effect), f"apply {effect.round}")
+            case FetchState(donor, _):
+                self._start(self._fetch_state(donor), f"state from {donor}")
+            case PublishRecord():
+                self._publish()
+            case _:
+                self._tell(effect)
+
+    def _tell(self, effect: Effect) -> None:
+        now_s = time.monotonic()
+        match effect:
+            case PlanAdopted(plan, coordinator, due_s):
+                self._coordinator = coordinator
+                self._due = {n: d for n, d in self._due.items() if n >= plan.round - 1}
+                self._due[plan.round] = (due_s, plan)
+                self._on_plan(plan)
+                self.emit(
+                    ev.RoundPlanned(
+                        plan.group,
+                        plan.round,
+                        plan.epoch,
+                        coordinator,
+                        list(plan.peers),
+                        [span.aggregator for span in plan.spans],
+                        max(0.0, due_s - now_s),
+                        self.machine.config.round_s,
+                    )
+                )
+            case GroupFormed(group, members):
+                self.emit(ev.GroupChanged(group, list(members)))
+            case Suspected(peer, reason):
+                self.emit(ev.MemberSuspected(peer, reason))
+            case Agreed(number, digest, peers):
+                self.emit(ev.DigestsAgreed(number, digest.hex(), list(peers)))
+            case Differed(number, mine, majority, donor):
+                self.emit(ev.DigestDiffered(number, mine.hex(), majority.hex(), donor))
+            case _:
+                pass
+
+    # ── control messages ─────────────────────────────────────────────────────────────────
+    def _post(self, peer: PeerId, message: Message) -> None:
+        """Queue a message; one sender per peer, so a slow one delays nobody else."""
+        box = self._outboxes.get(peer)
+        if box is None:
+            self._outboxes[peer] = box = deque()
+            self._start(self._deliver(peer, box), f"messages to {peer}")
+        if isinstance(message, Heartbeat | Hello):
+            for queued in [m for m in box if isinstance(m, type(message))]:
+                box.remove(queued)  # only the newest says where we stand
+        if len(box) >= limits.OUTBOX_MESSAGES_MAX:
+            box.popleft()
+        box.append(message)
+
+    async def _deliver(self, peer: PeerId, box: deque[Message]) -> None:
+        while box:
+            message = box.popleft()
+            begun_s = time.monotonic()
+            try:
+                await self.transport.call(peer, encode(message), limits.CALL_TIMEOUT_S)
+            except TransportError as error:
+                self.feed(Undelivered(peer, error.reason))
+            except RemoteProtocolError as error:
+                # It lives and says no: our message was stale, or it is of another run.
+                self.refused(error)
+                self.feed(Delivered(peer, time.monotonic() - begun_s))
+            else:
+                self.feed(Delivered(peer, time.monotonic() - begun_s))
+        del self._outboxes[peer]
+
+    async def _on_call(self, sender: PeerId, request: bytes) -> bytes:
+        try:
+            message = decode(request, sender)
+            if isinstance(message, Hello):
+                self._remember(sender, message)
+            self._handle(Received(sender, message))
+        except RemoteProtocolError as error:
+            self.refused(error)
+            raise
+        return b""
+
+    def _remember(self, sender: PeerId, hello: Hello) -> None:
+        """Keep the addresses of a peer that introduces itself, to be able to dial it."""
+        remember = getattr(self.transport, "remember", None)
+        if remember is None:
+            return
+        try:
+            record = read_record(hello.record)
+        except SchemaError as error:
+            raise RemoteProtocolError(sender, str(error)) from None
+        if record.peer == sender:
+            remember(sender, record.addresses)
+
+    # ── this peer's part of a round ──────────────────────────────────────────────────────
+    async def _take(self, number: int) -> None:
+        taken = await self.learner.take(number)
+        self.exchange.offer(number, taken.contribution)
+        self._sent = {number: taken}
+        self.emit(
+            ev.ContributionSent(
+                number, float(taken.contribution.weight), taken.blocks, taken.loss, taken.steps
+            )
+        )
+        self.feed(ContributionTaken(number, float(taken.contribution.weight)))
+
+    async def _send_contribution(self, plan: Plan, span: int, to: PeerId) -> None:
+        failed = ContributionUndelivered(to, plan.round, span, False)
+        try:
+            whole = await self.exchange.send_contribution(plan, span, to)
+        except RefusedError as error:
+            final = error.status != LATER
+            self.feed(ContributionUndelivered(to, plan.round, span, final))
+        except TransportError as error:
+            self.feed(Undelivered(to, error.reason))
+            self.feed(failed)
+        except RemoteProtocolError as error:
+            self.refused(error)
+            self.feed(failed)
+        else:
+            if to == self.transport.peer_id:
+                self.feed(ContributionFolded(to, plan.round, span, whole))
+            self.feed(ContributionDelivered(to, plan.round, span))
+
+    async def _close_span(self, plan: Plan, span: int, keep: bool) -> None:
+        outcome = await self.exchange.close_span(plan, span, keep=keep)
+        self.feed(SpanReduced(outcome.header, outcome.signed))
+
+    async def _push(self, effect: PushOutcome) -> None:
+        header = effect.header
+        outcome = self.exchange.find(header)
+        if outcome is None:
+            return
+        try:
+            await self.exchange.push_outcome(effect.epoch, outcome, effect.to)
+        except (TransportError, RefusedError, RemoteProtocolError) as error:
+            if isinstance(error, TransportError):
+                self.feed(Undelivered(effect.to, error.reason))
+            self.feed(OutcomeUndelivered(effect.to, header.round, header.span))
+        else:
+            self.feed(OutcomeDelivered(effect.to, header.round, header.span))
+
+    async def _fetch(self, peer: PeerId, number: int, span: int | None) -> None:
+        query = OutcomeQuery(self.machine.config.run, self.machine.group, number, span)
+        count, reason = 0, ""
+
+        def got(header: OutcomeHeader, signed: Signed) -> None:
+            nonlocal count
+            count += 1
+            self.feed(OutcomeHeld(peer, header, signed, True))
+
+        try:
+            await self.exchange.fetch_outcomes(peer, query, got)
+        except TransportError as error:
+            reason = error.reason
+            self.feed(Undelivered(peer, reason))
+        except RemoteProtocolError as error:
+            reason = error.reason
+            self.refused(error)
+        self.feed(FetchFinished(peer, number, count, reason))
+
+    async def _apply(self, effect: ApplyRound) -> None:
+        outcomes = [self.exchange.find(header) for header, _ in effect.outcomes]
+        held = [outcome for outcome in outcomes if outcome is not None]
+        if len(held) != len(outcomes):
+            raise AssertionError("the machine applies what the exchange does not hold")
+        facts = await self.learner.apply(effect.round, held, effect.plan)
+        if facts is None:
+            return
+        self.exchange.settle(effect.round, held)
+        due_s = self._due.get(effect.round, (time.monotonic(), None))[0]
+        self.feed(Applied(effect.round, facts.digest))
+        self.round_finished(
+            effect.round, facts, held, effect.plan, max(0.0, time.monotonic() - due_s)
+        )
+
+    async def _fetch_state(self, donor: PeerId) -> None:
+        begun_s = time.monotonic()
+        try:
+            state = await fetch_state(
+                self.transport, donor, self.machine.config.run, self.learner.tensors
+            )
+        except (TransportError, RefusedError) as error:
+            self.feed(StateFailed(donor, str(error)))
+            return
+        except RemoteProtocolError as error:
+            self.refused(error)
+            self.feed(StateFailed(donor, error.reason))
+            return
+        if not await self.learner.load(state.round, state.digest, state.arrays):
+            self.feed(StateFailed(donor, "its state is older than ours, or not what it says"))
+            return
+        self.emit(ev.StateReceived(donor, state.round, state.bytes, time.monotonic() - begun_s))
+        self.feed(StateReady(state.round, state.digest))
+
+    # ── streams that others open ─────────────────────────────────────────────────────────
+    async def _on_stream(self, stream: Stream) -> None:
+        try:
+            frame = await stream.receive(limits.STREAM_HEADER_BYTES_MAX)
+            if frame is None or frame.kind != HEADER:
+                raise RemoteProtocolError(stream.peer, "a stream without a header")
+            await self._serve(stream, decode_header(frame.payload, stream.peer))
+        except RemoteProtocolError as error:
+            self.refused(error)
+            await refuse(stream, NO, error.reason)
+        except TransportError:
+            pass  # its own task will notice; heartbeats decide who lives
+
+    async def _serve(self, stream: Stream, header: object) -> None:
+        match header:
+            case ContributionHeader():
+                await self._serve_contribution(stream, header)
+            case OutcomePush():
+                await self._serve_push(stream, header)
+            case OutcomeQuery():
+                self._check_run(stream.peer, header.run)
+                await self.exchange.serve_outcomes(stream, header)
+            case StateQuery():
+                self._check_run(stream.peer, header.run)
+                await self._serve_state(stream)
+            case AssetQuery():
+                self._check_run(stream.peer, header.run)
+                await self._serve_asset(stream, header)
+
+    def _check_run(self, sender: PeerId, run: str) -> None:
+        if run != self.machine.config.run:
+            raise RemoteProtocolError(sender, f"asks for run {run[:12]}, ours is another")
+
+    async def _serve_contribution(self, stream: Stream, header: ContributionHeader) -> None:
+        self._check_run(stream.peer, header.run)
+        machine = self.machine
+        ahead = header.round > machine.round or header.epoch > machine.epoch
+        waiting = machine.current is None and header.round == machine.round
+        if header.group == machine.group and (ahead or waiting):
+            await refuse(stream, LATER, "we are not there yet")
+            return
+        try:
+            self._handle(ContributionOffered(stream.peer, header))
+        except RemoteProtocolError as error:
+            # A late or superseded contribution is everyday life, not a breach.
+            self.refused(error)
+            await refuse(stream, NO, error.reason)
+            return
+        whole = False
+        try:
+            whole = await self.exchange.receive_contribution(stream, header)
+        finally:
+            self.feed(ContributionFolded(stream.peer, header.round, header.span, whole))
+
+    async def _serve_push(self, stream: Stream, push: OutcomePush) -> None:
+        header = open_signed(push.outcome, OUTCOME_DOMAIN, OutcomeHeader, stream.peer)
+        self._check_run(stream.peer, header.run)
+        machine = self.machine
+        held = self.exchange.find(header) is not None
+        if header.group == machine.group and (header.round < machine.round or held):
+            await refuse(stream, HAVE, "")
+            if held:
+                self.feed(OutcomeHeld(stream.peer, header, push.outcome, False))
+            return
+        ahead = header.round > machine.round or push.epoch > machine.epoch
+        waiting = machine.current is None and header.round == machine.round
+        if header.group == machine.group and (ahead or waiting):
+            await refuse(stream, LATER, "we are not there yet")
+            return
+        self._handle(OutcomeOffered(stream.peer, push, header))
+        await self.exchange.receive_outcome(stream, header, push.outcome)
+        self.feed(OutcomeHeld(stream.peer, header, push.outcome, False))
+
+    async def _serve_state(self, stream: Stream) -> None:
+        if not self.machine.ready:
+            await refuse(stream, NO, "we have no state of this run ourselves")
+            return
+        if self._serving_state.locked():
+            await refuse(stream, LATER, "busy with other newcomers")
+            return
+        async with self._serving_state:
+            number, digest, arrays = await self.learner.snapshot()
+            sent = await serve_state(stream, number, digest, arrays)
+        self.emit(ev.StateServed(stream.peer, number, sent))
