@@ -139,18 +139,21 @@ class FramedStream:
 
     async def close(self) -> None:
         """Close this side. After `finish` it first lets the far side come to its end as well."""
-        if self._finished and not self._broken:
-            try:
+        orderly = False
+        try:
+            if self._finished and not self._broken:
                 async with asyncio.timeout(min(CLOSE_WAIT_S, self.progress_timeout_s)):
                     await self._until_the_end()
-            except (TimeoutError, TransportError, RemoteProtocolError):
-                pass
-        if self._finished and not self._broken:
-            self._pipe.close()
-        else:
-            self._pipe.abort()
-        self._broken = self._broken or "closed here"
-        self._ended = True
+                orderly = True
+        except (TimeoutError, OSError, TransportError, RemoteProtocolError):
+            orderly = not self._broken  # too slow to say goodbye, but what we sent may arrive
+        finally:
+            self._broken = self._broken or "closed here"
+            self._ended = True
+            if orderly:
+                self._pipe.close()
+            else:
+                self._pipe.abort()
 
     # ── beyond the interface ─────────────────────────────────────────────────────────────
 
