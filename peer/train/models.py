@@ -134,9 +134,7 @@ def _from_config(config: Mapping[str, Any]) -> torch.nn.Module:
 
     with _blame_config():
         made = AutoConfig.for_model(**config, use_cache=False)
-        model = AutoModelForCausalLM.from_config(
-            made, trust_remote_code=False, dtype=torch.float32, attn_implementation="sdpa"
-        )
+        model = AutoModelForCausalLM.from_config(made, trust_remote_code=False, dtype=torch.float32)
     return cast("torch.nn.Module", model)
 
 
@@ -147,7 +145,7 @@ def _load(config: Mapping[str, Any], files: Sequence[Path]) -> torch.nn.Module:
         made = AutoConfig.for_model(**config, use_cache=False)
         model, info = AutoModelForCausalLM.from_pretrained(
             files[0].parent, config=made, local_files_only=True, use_safetensors=True,
-            trust_remote_code=False, dtype=torch.float32, attn_implementation="sdpa",
+            trust_remote_code=False, dtype=torch.float32,
             output_loading_info=True,
         )  # fmt: skip
     missing = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
@@ -188,12 +186,19 @@ _Draw = tuple[str, float, float]
 """("normal", mean, deviation) or ("uniform", low, high)."""
 
 
+_OVERWRITES: Final = (
+    torch.ops.aten.zero_.default, torch.ops.aten.fill_.Scalar, torch.ops.aten.fill_.Tensor,
+    torch.ops.aten.copy_.default,
+)  # fmt: skip
+
+
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes the last random draw into each storage instead of making it."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.draws: dict[int, _Draw] = {}
+        self._kept: list[torch.UntypedStorage] = []  # or a freed one's address would come again
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -205,8 +210,14 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if kind is not None:
             first = float(args[1]) if len(args) > 1 else 0.0
             second = float(args[2]) if len(args) > 2 else 1.0
-            self.draws[args[0].untyped_storage().data_ptr()] = (kind, first, second)
+            storage = args[0].untyped_storage()
+            self.draws[storage.data_ptr()] = (kind, first, second)
+            self._kept.append(storage)
             return args[0]
+        if func in _OVERWRITES and args[0].numel() * args[0].element_size() == (
+            args[0].untyped_storage().nbytes()
+        ):
+            self.draws.pop(args[0].untyped_storage().data_ptr(), None)
         return func(*args, **(kwargs or {}))
 
 

@@ -1,0 +1,192 @@
+"""What pretraining and LoRA share: an outer state that rounds move, and local work on top of it.
+
+The outer state theta (N,) is the same on every peer. The local values x (N,) run ahead of it by
+inner steps. At a contribution the difference `pending` = theta - x is frozen; training goes on.
+When the round's outcome has moved theta, x moves along:
+
+    x += (theta_new - theta_old) + pending      where the outcome contains our contribution
+    x += (theta_new - theta_old)                elsewhere: the work stays in x, and so in the next
+
+so no work is lost and none counts twice, whatever arrives, late or in part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from peer.train.inner import Float32, Inner
+from peer.train.method import ArrayMap, Reducer, StepResult
+from tensorcodecs import VALUE_ABS_MAX, DecodeError
+
+
+@dataclass(frozen=True, slots=True)
+class FrozenWork:
+    """A contribution: what `unit_bytes` codes, which nothing changes any more."""
+
+    weight: float
+    unit_bytes: Callable[[int], bytes]
+
+    def encode(self, unit: int) -> bytes:
+        return self.unit_bytes(unit)
+
+
+@dataclass(slots=True)
+class _Pending:
+    """The frozen difference of the last contribution, and where it has been counted."""
+
+    delta: Float32  # (N,)
+    weight: float
+    counted: npt.NDArray[np.bool_] = field(repr=False)
+
+
+class FlatMethod(ABC):
+    """A `Method` whose outer state is flat vectors; see the module's text for the arithmetic."""
+
+    units: int
+    refused_units = 0
+    """Units of outcomes that could not be decoded and so changed nothing, on any peer alike."""
+    dropped_work = 0
+    """Contributions dropped because they were not finite."""
+
+    def __init__(self, inner: Inner, units: int, others: Mapping[str, Float32]) -> None:
+        """`others`: parts of the outer state besides theta, each (N,)."""
+        self.inner = inner
+        self.units = units
+        self._theta_N = inner.to_numpy()
+        self._outer: dict[str, Float32] = {self._main: self._theta_N, **others}
+        self._tokens = 0
+        self._owed = 0.0  # tokens of frozen work that no applied outcome contains yet
+        self._pending: _Pending | None = None
+
+    _main = "theta"
+    """What the state calls theta."""
+
+    @abstractmethod
+    def _slice(self, unit: int) -> slice:
+        """The unit's values in theta."""
+
+    @abstractmethod
+    def _freeze(self, x_N: Float32) -> tuple[Float32, Callable[[int], bytes]]:
+        """(theta - x, coded bytes by unit). `x_N` is a copy that may be overwritten."""
+
+    @abstractmethod
+    def _outer_step(self, unit: int, payload: bytes) -> None:
+        """Move the outer state of one unit. Raises DecodeError before anything changes."""
+
+    @abstractmethod
+    def reducer(self, start: int, stop: int) -> Reducer:
+        """A fresh reducer for units start..stop-1."""
+
+    @abstractmethod
+    def export(self, folder: str) -> None:
+        """Write the outer parameters as a transformers model folder."""
+
+    @property
+    def parameters(self) -> int:
+        """All parameters of the model, frozen ones too, tied ones once."""
+        return sum(p.numel() for p in self.inner.model.parameters())
+
+    @property
+    def device(self) -> torch.device:
+        return self.inner.device
+
+    def step(self, batch: torch.Tensor) -> StepResult:
+        result = self.inner.step(batch)
+        self._tokens += result.tokens
+        return result
+
+    def contribution(self) -> FrozenWork:
+        delta_N, unit_bytes = self._freeze(self.inner.to_numpy())
+        if not _sound(delta_N):
+            # The optimiser ran away; go back to what the swarm has rather than poison it.
+            self.dropped_work += 1
+            self.inner.load(self._theta_N)
+            self.inner.forget(slice(None))
+            self._reset()
+            return FrozenWork(0.0, unit_bytes)
+        weight = self._tokens + self._owed
+        self._tokens, self._owed = 0, weight
+        self._pending = _Pending(delta_N, weight, np.zeros(self.units, np.bool_))
+        return FrozenWork(weight, unit_bytes)
+
+    def apply(self, outcome: Sequence[bytes], mine: npt.NDArray[np.bool_]) -> None:
+        if len(outcome) != self.units or mine.shape != (self.units,):
+            raise ValueError(f"an outcome of {len(outcome)} units, expected {self.units}")
+        pending = self._pending
+        counted = 0
+        for unit, payload in enumerate(outcome):
+            if not payload:
+                continue
+            where = self._slice(unit)
+            old_U = self._theta_N[where].copy()
+            try:
+                self._outer_step(unit, payload)
+            except DecodeError:
+                self.refused_units += 1
+                continue
+            shift_U = self._theta_N[where] - old_U
+            if pending is not None and mine[unit] and not pending.counted[unit]:
+                shift_U += pending.delta[where]
+                pending.counted[unit] = True
+                counted += len(shift_U)
+            self.inner.shift(where, shift_U)
+        if pending is not None:
+            share = counted / max(1, len(self._theta_N))
+            self._owed = max(0.0, self._owed - pending.weight * share)
+
+    def state(self) -> ArrayMap:
+        return {name: values.copy() for name, values in self._outer.items()}
+
+    def load_state(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        if set(arrays) != set(self._outer):
+            raise ValueError(f"a state of {sorted(arrays)}, expected {sorted(self._outer)}")
+        for name, own in self._outer.items():
+            values = arrays[name]
+            if values.shape != own.shape or values.dtype != own.dtype:
+                raise ValueError(
+                    f"{name}: {values.dtype} {values.shape}, expected {own.dtype} {own.shape}"
+                )
+            if not _sound(values):
+                raise ValueError(f"{name}: holds values that are not finite")
+        for name, own in self._outer.items():
+            own[:] = arrays[name]
+        self.inner.load(self._theta_N)
+        self._reset()
+
+    def digest(self) -> bytes:
+        sha = hashlib.sha256(self.inner.layout.digest())
+        for name in sorted(self._outer):
+            sha.update(self._outer[name].data)
+        return sha.digest()
+
+    def inner_state(self) -> ArrayMap:
+        return self.inner.state()
+
+    def load_inner_state(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        self.inner.load_state(arrays)
+
+    def evaluate(self, batches: Iterable[torch.Tensor]) -> float:
+        return self.inner.evaluate(self._theta_N, batches)
+
+    @contextmanager
+    def outer_model(self) -> Iterator[torch.nn.Module]:
+        """The model with the outer parameters, for sampling and export; in the training thread."""
+        with self.inner.holding(self._theta_N) as model:
+            yield model
+
+    def _reset(self) -> None:
+        self._tokens, self._owed, self._pending = 0, 0.0, None
+
+
+def _sound(x_N: npt.NDArray[Any]) -> bool:
+    """No NaN, no infinity, nothing beyond what codecs carry. NaN survives max and min."""
+    return len(x_N) == 0 or bool(x_N.max() <= VALUE_ABS_MAX and x_N.min() >= -VALUE_ABS_MAX)

@@ -1,0 +1,216 @@
+"""Finetuning by low-rank adapters: peers average the products B A, not the factors.
+
+The base is frozen and the same on every peer (assets, or the run's seed). A unit is one adapted
+layer's pair of factors, coded exactly. The mean of products is brought back to the adapter's rank
+(`peer.train.lowrank`) by one aggregator, and everybody takes the same coded factors as the new
+outer state: no outer optimiser. Work done since the contribution stays, added to the factors; the
+factors that come back are the nearest to those that went in, so it still points the right way.
+Where they moved by more than half their length all the same, Adam's moments start afresh.
+
+Shapes: m x n = an adapted layer, r = rank; A: (r, n), B: (m, r).
+"""
+
+from __future__ import annotations
+
+import copy
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, cast
+
+import numpy as np
+import torch
+
+from peer.errors import ManifestError
+from peer.manifest import InnerSpec, MethodSpec
+from peer.train.flat import FlatMethod
+from peer.train.inner import Float32, Inner, save_model
+from peer.train.lowrank import Factors, mean_product
+from peer.train.method import Reducer
+from peer.train.models import generator_of
+from protocols import limits
+from tensorcodecs import FRAME_VALUES_MAX, VALUE_ABS_MAX, DecodeError, get_codec
+
+PARTS_MAX: Final = 64  # contributions to one unit; a roster is smaller
+
+_HEADER: Final = struct.Struct("<III")  # m, r, n
+_CODEC: Final = get_codec("fp32")
+_TURNED: Final = 0.5  # of the factors' norm
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """Where one layer's factors lie in the flat vector: A, then B."""
+
+    name: str
+    m: int
+    r: int
+    n: int
+    where: slice
+
+    def encode(self, flat_N: Float32) -> bytes:
+        return _HEADER.pack(self.m, self.r, self.n) + _CODEC.encode(flat_N[self.where])
+
+    def decode(self, payload: bytes) -> Float32:
+        """The pair's values, A then B.
+
+        Raises:
+            DecodeError: not an intact pair of this layer's shape.
+        """
+        if len(payload) < _HEADER.size:
+            raise DecodeError(f"{len(payload)} bytes are too few for a pair of factors")
+        shape = _HEADER.unpack_from(payload)
+        if shape != (self.m, self.r, self.n):
+            raise DecodeError(f"{self.name}: factors of (m, r, n) = {shape}, not "
+                              f"{(self.m, self.r, self.n)}")  # fmt: skip
+        values = np.empty(self.where.stop - self.where.start, np.float32)
+        _CODEC.decode_into(memoryview(payload)[_HEADER.size :], values)
+        return values
+
+    def split(self, values: Float32) -> Factors:
+        """(A, B) as views."""
+        cut = self.r * self.n
+        return values[:cut].reshape(self.r, self.n), values[cut:].reshape(self.m, self.r)
+
+
+class ProductMean:
+    """Reducer: the mean of products of each adapter in a span, at the adapters' own rank."""
+
+    def __init__(self, adapters: list[Adapter], start: int) -> None:
+        self._adapters = adapters
+        self._start = start
+        self._parts: list[list[tuple[float, Float32]]] = [[] for _ in adapters]
+        self.tails: list[float] = []
+        """After `finish`: the norm of what each unit's rank could not hold."""
+
+    def fold(self, unit: int, weight: float, payload: bytes) -> None:
+        index = unit - self._start
+        if not 0 <= index < len(self._adapters):
+            raise ValueError(f"unit {unit} is outside the span")
+        if not 0 < weight < 2.0**60:
+            raise ValueError(f"a weight of {weight}")
+        if len(self._parts[index]) >= PARTS_MAX:
+            raise ValueError(f"more than {PARTS_MAX} contributions to unit {unit}")
+        self._parts[index].append((weight, self._adapters[index].decode(payload)))
+
+    def finish(self) -> list[bytes]:
+        coded = []
+        self.tails = []
+        for adapter, parts in zip(self._adapters, self._parts, strict=True):
+            if not parts:
+                coded.append(b"")
+                self.tails.append(0.0)
+                continue
+            total = sum(weight for weight, _ in parts)
+            pairs = [(weight / total, adapter.split(values)) for weight, values in parts]
+            (A, B), tail = mean_product(pairs, adapter.r)
+            values = np.concatenate([A.ravel(), B.ravel()])
+            # Hostile factors can be huge and still pass; what comes of them must stay sendable.
+            flat = np.clip(values, -VALUE_ABS_MAX, VALUE_ABS_MAX).astype(np.float32)
+            frame = _HEADER.pack(adapter.m, adapter.r, adapter.n) + _CODEC.encode(flat)
+            coded.append(frame)
+            self.tails.append(tail)
+            parts.clear()
+        return coded
+
+
+class LoraMethod(FlatMethod):
+    """Trains adapters on a frozen model."""
+
+    _main = "factors"
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        method: MethodSpec,
+        inner: InnerSpec,
+        device: torch.device,
+        seed: int,
+    ) -> None:
+        """Puts adapters into `model` (taken over); A from the seed, B zero, on every peer alike.
+
+        Raises:
+            ManifestError: the targets name no layers, or the rank is too large for one.
+        """
+        peft_model = _adapt(model, method)
+        for name, parameter in peft_model.named_parameters():
+            if ".lora_A." in name:
+                bound = 1 / np.sqrt(parameter.shape[1])  # peft's own: Kaiming uniform, a = sqrt 5
+                drawn = generator_of(seed, name).uniform(-bound, bound, tuple(parameter.shape))
+                parameter.data.copy_(torch.from_numpy(drawn.astype(np.float32)))
+            elif ".lora_B." in name:
+                parameter.data.zero_()
+        made = Inner(peft_model, inner, device)
+        self._adapters = _adapters(made)
+        super().__init__(made, len(self._adapters), {})
+
+    def reducer(self, start: int, stop: int) -> Reducer:
+        return ProductMean(self._adapters[start:stop], start)
+
+    def export(self, folder: str) -> None:
+        """Write the merged model to `folder` and the adapter alone to `folder`/adapter."""
+        with self.outer_model() as model:
+            merged = copy.deepcopy(model).merge_and_unload()  # type: ignore[operator]
+            save_model(merged, Path(folder))
+            cast("Any", model).save_pretrained(
+                str(Path(folder) / "adapter"), save_embedding_layers=False
+            )
+
+    def _slice(self, unit: int) -> slice:
+        return self._adapters[unit].where
+
+    def _freeze(self, x_N: Float32) -> tuple[Float32, Callable[[int], bytes]]:
+        return self._theta_N - x_N, lambda unit: self._adapters[unit].encode(x_N)
+
+    def _outer_step(self, unit: int, payload: bytes) -> None:
+        adapter = self._adapters[unit]
+        new = adapter.decode(payload)
+        old = self._theta_N[adapter.where]
+        if np.linalg.norm(new - old) > _TURNED * np.linalg.norm(old):
+            self.inner.forget(adapter.where)
+        old[:] = new
+
+
+def _adapt(model: torch.nn.Module, method: MethodSpec) -> torch.nn.Module:
+    from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D
+
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=method.rank,
+        lora_alpha=method.alpha,
+        lora_dropout=method.dropout,
+        target_modules=list(method.targets) or "all-linear",
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+        bias="none",
+    )
+    try:
+        return cast("torch.nn.Module", get_peft_model(cast("Any", model), config))
+    except ValueError as error:
+        raise ManifestError(
+            f"method.targets: fit no layer of this model ({str(error)[:200]}); correct them"
+        ) from None
+
+
+def _adapters(inner: Inner) -> list[Adapter]:
+    """The pairs in canonical order: by name, A lies right before its B."""
+    layout = inner.layout
+    found = []
+    for i in range(0, len(layout.names), 2):
+        name, (r, n), (m, rank) = layout.names[i], *map(tuple, layout.shapes[i : i + 2])
+        start = layout.offsets[i]
+        stop = start + r * (m + n)
+        assert ".lora_A." in name, name
+        assert layout.names[i + 1] == name.replace(".lora_A.", ".lora_B."), name
+        assert rank == r, name
+        if r > min(m, n):
+            raise ManifestError(
+                f"method.rank: {r} is more than the smaller side of {name} ({m} x {n}); lower it "
+                "or leave that layer out of method.targets"
+            )
+        bytes_max = _HEADER.size + _CODEC.bytes_max(stop - start)
+        if stop - start > FRAME_VALUES_MAX or bytes_max > limits.UNIT_BYTES_MAX:
+            raise ManifestError(f"method.rank: {r} makes factors too large to send; lower it")
+        found.append(Adapter(name, m, r, n, slice(start, stop)))
+    return found
