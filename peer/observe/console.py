@@ -97,8 +97,6 @@ class Lasting:
                 self._put(text)
         elif isinstance(event, ev.Notice) and event.level == "error":
             self._put(f"error: {clean(event.text)}")
-        elif isinstance(event, ev.Left):
-            self._put(f"left: {clean(event.reason)}")
 
 
 class LiveView:

@@ -137,7 +137,10 @@ def _network(state: State) -> Text:
     progress = state.progress
     if progress is None:
         answering = sum(how == "answers" for how in state.via.values())
-        return Text(f"{answering} of {len(state.via)} addresses answer" if state.via else "", "dim")
+        tried = (
+            f"{answering} of {len(state.via)} addresses answer" if state.via else "no traffic yet"
+        )
+        return Text(tried, "dim")
     up, down = state.rates()
     return Text.assemble(
         ("up ", "dim"),
