@@ -164,6 +164,7 @@ class Driver:
         self._serve_asset = serve_asset
         self._on_plan = on_plan
         self._outboxes: dict[PeerId, deque[Message]] = {}
+        self._quiet = asyncio.Event()
         self._wake = asyncio.Event()
         self._tasks: asyncio.TaskGroup | None = None
         self._refusals: dict[PeerId, int] = {}
@@ -289,6 +290,7 @@ class Driver:
         box = self._outboxes.get(peer)
         if box is None:
             self._outboxes[peer] = box = deque()
+            self._quiet.clear()
             self._start(self._deliver(peer, box), f"messages to {peer}")
         if isinstance(message, Heartbeat | Hello):
             for queued in [m for m in box if isinstance(m, type(message))]:
@@ -296,6 +298,15 @@ class Driver:
         if len(box) >= limits.OUTBOX_MESSAGES_MAX:
             box.popleft()
         box.append(message)
+
+    async def posted(self) -> None:
+        """Until every queued message was delivered or given up."""
+        while self._outboxes:
+            await self._quiet.wait()
+
+    def taken(self, number: int) -> Taken | None:
+        """This peer's own contribution to a round, if it was the last one."""
+        return self._sent.get(number)
 
     async def _deliver(self, peer: PeerId, box: deque[Message]) -> None:
         while box:
@@ -312,6 +323,8 @@ class Driver:
             else:
                 self.feed(Delivered(peer, time.monotonic() - begun_s))
         del self._outboxes[peer]
+        if not self._outboxes:
+            self._quiet.set()
 
     async def _on_call(self, sender: PeerId, request: bytes) -> bytes:
         try:

@@ -24,8 +24,12 @@ def candidates(group: GroupName, slot: int, seats: Iterable[Seat]) -> list[PeerI
 @lru_cache(maxsize=2**16)
 def _score(group: GroupName, slot: int, seat: Seat) -> float:
     raw = hashlib.sha256(f"{group}\x00{slot}\x00{seat.peer}".encode()).digest()
-    u = (int.from_bytes(raw[:8], "big") + 0.5) / 2**64
-    return -max(seat.weight, 1) / math.log(u)
+    return -max(seat.weight, 1) / math.log(_uniform(raw))
+
+
+def _uniform(raw: bytes) -> float:
+    """Strictly between 0 and 1: 52 bits and a half fit a float exactly, 64 would round up to 1."""
+    return ((int.from_bytes(raw[:8], "big") >> 12) + 0.5) / 2**52
 
 
 def spans_of(

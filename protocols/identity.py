@@ -35,13 +35,15 @@ def public_key_of(peer: PeerId) -> bytes:
     """The raw public key inside a peer id.
 
     Raises:
-        ValueError: the id is not that of an Ed25519 key.
+        ValueError: the id is not that of an Ed25519 key, or not its one spelling.
     """
     if not 40 <= len(peer) <= 64:
         raise ValueError(f"not a peer id: {peer[:64]!r}")
     raw = base58.b58decode(peer)
     if len(raw) != 38 or raw[:6] != _PREFIX:
         raise ValueError(f"not the peer id of an Ed25519 key: {peer[:64]!r}")
+    if peer_id_of(raw[6:]) != peer:  # base58 ignores white space at the end
+        raise ValueError(f"another spelling of a peer id: {peer[:64]!r}")
     return bytes(raw[6:])
 
 

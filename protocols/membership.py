@@ -3,7 +3,7 @@
 Records come from the DHT and from handshakes; life comes from heartbeats, which group members send
 each other every second. Whoever is silent for `SUSPECT_AFTER_S`, or twice in a row can't be
 reached, is *suspected*: rounds go on without it, and one word from it clears the suspicion. The
-table is bounded; the peers that were heard longest ago go first.
+table is bounded; peers that we never hailed, and were heard longest ago, go first.
 """
 
 from __future__ import annotations
@@ -62,10 +62,15 @@ class Membership:
                 known.record = record
             return False
         if len(self._table) >= limits.KNOWN_PEERS_MAX:
-            oldest = min(self._table, key=lambda p: self._table[p].heard_s)
+            oldest = min(self._table, key=self._worth)
             del self._table[oldest]
         self._table[record.peer] = Neighbour(record, now_s)
         return True
+
+    def _worth(self, peer: PeerId) -> tuple[float, float]:
+        """A flood of strangers' first words must not push out those we keep company with."""
+        known = self._table[peer]
+        return (known.hailed_s, known.heard_s)
 
     def heard(self, peer: PeerId, now_s: float) -> None:
         """`peer` said something: it lives."""

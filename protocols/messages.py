@@ -28,6 +28,7 @@ T = TypeVar("T")
 Counter = Annotated[int, Max(2**48)]
 Unit = Annotated[int, Max(limits.UNITS_MAX)]
 SpanIndex = Annotated[int, Max(limits.AGGREGATORS_MAX)]
+WEIGHT_MAX: Final = 1e15  # sums of weights stay exact in a float64, and far from infinity
 
 PLAN_DOMAIN: Final = "plan"
 OUTCOME_DOMAIN: Final = "outcome"
@@ -112,8 +113,12 @@ class OutcomeHeader:
             raise ValueError("an empty span")
         if any(c.mask and len(c.mask) != size for c in self.contributors):
             raise ValueError("a mask of the wrong size")
-        if any(not c.weight > 0.0 for c in self.contributors):
-            raise ValueError("a weight that is not positive")
+        if any(not 0.0 < c.weight <= WEIGHT_MAX for c in self.contributors):
+            raise ValueError("a weight that is not positive, or too large")
+        if len({c.peer for c in self.contributors}) != len(self.contributors):
+            raise ValueError("a contributor who is there twice")
+        if not self.seconds >= 0.0:
+            raise ValueError("a duration below zero")
 
 
 # ── control messages ─────────────────────────────────────────────────────────────────────
@@ -200,7 +205,7 @@ class ContributionHeader:
     weight: float
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.weight <= 1e15:
+        if not 0.0 <= self.weight <= WEIGHT_MAX:
             raise ValueError("a weight out of range")
 
 

@@ -65,7 +65,8 @@ def unpack(kind: type[T], data: bytes) -> T:
             max_ext_len=0,
             max_str_len=len(data),
             max_bin_len=len(data),
-            max_array_len=len(data),
+            # A list is made before it fills: nested ones of declared lengths would be a bomb.
+            max_array_len=_items_max(typing.cast("Any", kind)),
         )
     except (ValueError, msgpack.exceptions.UnpackException, RecursionError) as error:
         raise SchemaError(f"{kind.__name__}: not msgpack ({error})") from None
@@ -78,6 +79,21 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     return value
+
+
+@cache
+def _items_max(hint: Any) -> int:
+    """The most items that any list inside a value of type `hint` may have."""
+    hint = getattr(hint, "__supertype__", hint)
+    if typing.get_origin(hint) is Annotated:
+        inner, *extras = typing.get_args(hint)
+        is_list = typing.get_origin(inner) is tuple
+        limits: list[int] = [x.limit for x in extras if is_list and isinstance(x, Max)]
+        return max([_items_max(inner), *limits])
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        hints = typing.get_type_hints(hint, include_extras=True)
+        return max([len(hints), *(_items_max(inner) for inner in hints.values())])
+    return max((_items_max(inner) for inner in typing.get_args(hint)), default=0)
 
 
 @cache

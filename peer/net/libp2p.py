@@ -474,6 +474,12 @@ class _Pending(dict[Any, Any]):
 class _Daemon(P2P):  # type: ignore[misc]
     """p2pd in a session of its own, so that Ctrl-C in the terminal reaches only us."""
 
+    stopped = False
+
+    def __del__(self) -> None:
+        if not self.stopped:  # else there is nothing left to do, and this may run anywhere
+            super().__del__()
+
     @staticmethod
     def _make_process_args(*args: Any, **kwargs: Any) -> list[str]:
         detach = "import os, sys; os.setsid(); os.execv(sys.argv[1], sys.argv[1:])"
@@ -493,6 +499,7 @@ async def _stop(p2p: Any, reason: str) -> None:
     except TimeoutError:
         p2p._child.kill()
         await p2p._child.wait()
+    p2p.stopped = True
     control = p2p._client.control
     tasks = {p2p._reader_task, p2p._listen_task, control._read_task, control._write_task} - {None}
     done, _ = await asyncio.wait(tasks, timeout=STOP_TIMEOUT_S)

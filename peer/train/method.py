@@ -34,8 +34,9 @@ class StepResult:
 class Contribution(Protocol):
     """Frozen local work of one round. `encode` may be called again: an aggregator may die."""
 
-    weight: float
-    """Tokens behind it; 0 means there is nothing to send."""
+    @property
+    def weight(self) -> float:
+        """Tokens behind it; 0 means there is nothing to send."""
 
     def encode(self, unit: int) -> bytes:
         """The coded bytes of one unit, at most `limits.UNIT_BYTES_MAX`. Deterministic."""

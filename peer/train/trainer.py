@@ -96,7 +96,6 @@ class Trainer:
         self._method: Method | None = None
         self._batches: Batches | None = None
         self._built: Future[None] = Future()
-        self._ended: Future[None] = Future()
         self._failed: Future[None] = Future()
         self._stats = Stats()
         self._loss_sum = 0.0
@@ -154,7 +153,7 @@ class Trainer:
         with self._wake:
             if self._failed.done() and not self._failed.cancelled():
                 self._failed.result()
-            if self._closing or self._ended.done():
+            if self._closing:
                 raise RuntimeError("the trainer is closed")
             if len(self._requests) >= REQUESTS_MAX:
                 raise RuntimeError("too many requests wait for the training thread")
@@ -183,7 +182,8 @@ class Trainer:
             self._closing = True
             self._wake.notify()
         if self._thread.ident is not None:
-            await asyncio.shield(asyncio.wrap_future(self._ended))
+            # Really join: torch aborts a process that exits while a thread still frees tensors.
+            await asyncio.shield(asyncio.to_thread(self._thread.join))
 
     # ── in the thread ────────────────────────────────────────────────────────────────────
 
@@ -209,7 +209,6 @@ class Trainer:
         for answer in waiting:
             if answer.set_running_or_notify_cancel():
                 answer.set_exception(reason)
-        self._ended.set_result(None)
 
     def _turn(self) -> bool:
         """Serve one request, or take one step, or wait for either. False at the end."""

@@ -1,0 +1,305 @@
+"""Training and its memory on disk, as the driver needs them.
+
+The method lives in the training thread (`Trainer`), files are written in one disk thread, and this
+class keeps the two in step: a round counts as reported only when its outcome is in the journal, so
+a peer that is killed at any moment comes back at the last round that it told anybody of.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from peer.checkpoint import CheckpointStore, SavedInfo
+from peer.driver import AppliedFacts, Taken
+from peer.errors import StorageError
+from peer.exchange import Outcome
+from peer.observe import events as ev
+from peer.train.method import ArrayMap, DataSource, Method
+from peer.train.stream import BlockStream
+from peer.train.trainer import Stats, Trainer
+from peer.transfer import TensorNote, describe
+from protocols.messages import Counter, Plan
+from protocols.records import GroupField
+from protocols.schema import pack
+from protocols.types import Digest, GroupName, PeerId
+
+T = TypeVar("T")
+
+EVALUATION_BATCH: Final = 16
+
+
+@dataclass(frozen=True, slots=True)
+class JournalNote:
+    """What a journal entry says beside the outcome itself."""
+
+    group: GroupField
+    epoch: Counter
+
+
+class TrainerLearner:
+    """`driver.Learner` over a `Trainer` and a `CheckpointStore`. `open` it, then `close` it."""
+
+    def __init__(
+        self,
+        me: PeerId,
+        build: Callable[[], tuple[Method, DataSource]],
+        store: CheckpointStore,
+        emit: ev.Listener,
+        *,
+        batch_size: int,
+        seed: int,
+        threads: int | None,
+        checkpoint_every: int,
+    ) -> None:
+        self.round = 0
+        self.digest = Digest(b"")
+        self.tensors: tuple[TensorNote, ...] = ()
+        self.restored = False
+        """Whether the state came from disk and so has history of its own."""
+        self._me = me
+        self._build = build
+        self._store = store
+        self._emit = emit
+        self._batch_size = batch_size
+        self._seed = seed
+        self._checkpoint_every = checkpoint_every
+        self._saved_round = -1
+        self._trouble = ""
+        self._disk = ThreadPoolExecutor(1, thread_name_prefix="disk")
+        self._stream: BlockStream | None = None
+        self._source: DataSource | None = None
+        self._trainer = Trainer(self._build_all, threads=threads)
+        self._validation: list[torch.Tensor] | None = None
+        self._life = Stats()
+
+    # ── life ─────────────────────────────────────────────────────────────────────────────
+    async def open(self) -> None:
+        """Build the model, and go on from the newest valid checkpoint and its journal.
+
+        Raises:
+            PeerError: the model, the data or the disk is at fault.
+        """
+        await self._trainer.open()
+        loaded = await self._on_disk(self._store.load)
+        skipped = list(self._store.skipped)
+        if loaded is None:
+            for reason in skipped:
+                self._emit(ev.Notice("warning", f"passed over a damaged checkpoint: {reason}"))
+            self.tensors, self.digest = await self._trainer.run(_layout)
+            return
+
+        def restore(method: Method) -> int:
+            method.load_state(loaded.arrays)
+            method.load_inner_state(loaded.inner)
+            nobody = np.zeros(method.units, np.bool_)
+            replayed = 0
+            for entry in loaded.journal:
+                method.apply(entry.units, nobody)
+                if entry.digest and method.digest() != entry.digest:
+                    raise StorageError(
+                        f"round {entry.round} of the journal does not lead to the state that it"
+                        " should; move the journal files away and join again"
+                    )
+                replayed += 1
+            if self._stream is not None and isinstance(loaded.facts.get("stream"), dict):
+                self._stream.load_state(loaded.facts["stream"])
+            return replayed
+
+        replayed = await self._trainer.run(restore)
+        self.round = loaded.round + replayed
+        self._saved_round = loaded.round
+        self.restored = True
+        self.tensors, self.digest = await self._trainer.run(_layout)
+        self._emit(ev.CheckpointLoaded(self.round, loaded.path, replayed, skipped))
+
+    def _build_all(self) -> tuple[Method, BlockStream]:
+        method, source = self._build()
+        self._source = source
+        self._stream = BlockStream(
+            source, batch_size=self._batch_size, seed=self._seed, peer=self._me
+        )
+        return method, self._stream
+
+    def start(self) -> None:
+        self._trainer.start()
+
+    async def failed(self) -> None:
+        """Wait until training breaks down, and raise why."""
+        await self._trainer.failed
+
+    async def close(self, *, save: bool) -> None:
+        """Save (if there is something to lose) and end both threads."""
+        try:
+            if save and self.round > 0:
+                await self.save()
+        finally:
+            await self._trainer.aclose()
+            await asyncio.to_thread(self._disk.shutdown)
+
+    @property
+    def method(self) -> Method:
+        return self._trainer.method
+
+    @property
+    def blocks(self) -> int:
+        return self._source.blocks if self._source is not None else 0
+
+    async def set_blocks(self, blocks: Iterable[int]) -> None:
+        """These blocks are this peer's own from now on."""
+        own = list(blocks)
+
+        def change(_: Method) -> None:
+            if self._stream is not None:
+                self._stream.set_blocks(own)
+
+        await self._trainer.run(change)
+
+    def stats(self) -> Stats:
+        """Since the last contribution."""
+        return self._trainer.stats()
+
+    def waited_share(self) -> float:
+        """Share of all the time since the start in which training stood still."""
+        now, life = self._trainer.stats(), self._life
+        waited = life.waited_s + now.waited_s
+        busy = life.trained_s + life.served_s + now.trained_s + now.served_s
+        return waited / (waited + busy) if waited + busy > 0 else 0.0
+
+    # ── rounds ───────────────────────────────────────────────────────────────────────────
+    async def take(self, number: int) -> Taken:
+        harvest = await self._trainer.harvest()
+        s, life = harvest.stats, self._life
+        self._life = Stats(
+            trained_s=life.trained_s + s.trained_s,
+            served_s=life.served_s + s.served_s,
+            waited_s=life.waited_s + s.waited_s,
+        )
+        return Taken(harvest.contribution, s.loss, s.steps, harvest.blocks)
+
+    async def apply(
+        self, number: int, outcomes: list[Outcome], plan: Plan | None
+    ) -> AppliedFacts | None:
+        units = [payload for outcome in outcomes for payload in outcome.units]
+        mine = included_units(outcomes, self._me)
+
+        def step(method: Method) -> Digest | None:
+            if self.round != number:
+                return None
+            method.apply(units, mine)
+            self.round = number + 1
+            self.digest = Digest(method.digest())
+            return self.digest
+
+        digest = await self._trainer.run(step)
+        if digest is None:
+            return None
+        group = outcomes[0].header.group if outcomes else GroupName("")
+        note = pack(JournalNote(group, plan.epoch if plan is not None else 0))
+        if self._saved_round >= 0:
+            await self._try_disk(functools.partial(self._store.append, number, note, units, digest))
+        return AppliedFacts(digest, float(mine.mean()) if len(mine) else 0.0)
+
+    async def after_round(self) -> None:
+        """A full checkpoint when one is due: before the first journal entry, then every few."""
+        if self._saved_round < 0 or self.round - self._saved_round >= self._checkpoint_every:
+            await self.save()
+
+    async def evaluate(self) -> float:
+        """Mean loss of the outer parameters on the held-out samples; nan without any."""
+
+        def look(method: Method) -> float:
+            if self._validation is None:
+                samples = self._source.validation() if self._source is not None else []
+                self._validation = [
+                    torch.stack(samples[i : i + EVALUATION_BATCH])
+                    for i in range(0, len(samples), EVALUATION_BATCH)
+                ]
+            return method.evaluate(self._validation) if self._validation else float("nan")
+
+        return await self._trainer.run(look)
+
+    # ── states ───────────────────────────────────────────────────────────────────────────
+    async def snapshot(self) -> tuple[int, Digest, ArrayMap]:
+        return await self._trainer.run(lambda method: (self.round, self.digest, method.state()))
+
+    async def load(self, number: int, digest: Digest, arrays: ArrayMap) -> bool:
+        def replace(method: Method) -> bool:
+            if number < self.round:
+                return False
+            before = method.state()
+            try:
+                method.load_state(arrays)
+            except ValueError:
+                return False
+            if method.digest() != digest:
+                method.load_state(before)
+                return False
+            self.round, self.digest = number, digest
+            return True
+
+        if not await self._trainer.run(replace):
+            return False
+        await self.save(replace=True)
+        return True
+
+    async def save(self, *, replace: bool = False) -> SavedInfo | None:
+        """Write a full checkpoint; None (and a notice) if the disk would not take it."""
+
+        def copy(method: Method) -> tuple[int, Digest, ArrayMap, ArrayMap, dict[str, Any]]:
+            stream = self._stream.state() if self._stream is not None else {}
+            return self.round, self.digest, method.state(), method.inner_state(), stream
+
+        number, digest, arrays, inner, stream = await self._trainer.run(copy)
+        if number == self._saved_round and not replace:
+            return None
+        facts = {"digest": digest.hex(), "stream": stream}
+        write = functools.partial(self._store.save, number, arrays, inner, facts, replace=replace)
+        info = await self._try_disk(write)
+        if info is not None:
+            self._saved_round = number
+            self._emit(ev.CheckpointSaved(number, info.path, info.bytes, info.seconds))
+        return info
+
+    async def _on_disk(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._disk, work)
+
+    async def _try_disk(self, work: Callable[[], T]) -> T | None:
+        """Do it; a full disk is said once, and training goes on: the others hold the state too."""
+        try:
+            result = await self._on_disk(work)
+        except StorageError as error:
+            if str(error) != self._trouble:
+                self._trouble = str(error)
+                self._emit(ev.Notice("error", f"{error} (training goes on, unsaved)"))
+            return None
+        self._trouble = ""
+        return result
+
+
+def included_units(outcomes: list[Outcome], me: PeerId) -> npt.NDArray[np.bool_]:
+    """For every unit whether `me`'s contribution is inside its mean."""
+    parts: list[npt.NDArray[np.bool_]] = []
+    for outcome in outcomes:
+        size = outcome.header.stop - outcome.header.start
+        mine = next((c for c in outcome.header.contributors if c.peer == me), None)
+        if mine is None:
+            parts.append(np.zeros(size, np.bool_))
+        elif not mine.mask:
+            parts.append(np.ones(size, np.bool_))
+        else:
+            bits = np.unpackbits(np.frombuffer(mine.mask, np.uint8), bitorder="little")
+            parts.append(bits[:size].astype(np.bool_))
+    return np.concatenate(parts) if parts else np.zeros(0, np.bool_)
+
+
+def _layout(method: Method) -> tuple[tuple[TensorNote, ...], Digest]:
+    return describe(method.state()), Digest(method.digest())

@@ -1,0 +1,639 @@
+"""A peer, put together: seat, network, run, training, and the driver between them.
+
+    async with open_peer(PeerConfig(via=("/ip4/...",))) as peer:
+        await peer.wait_round(10)
+
+Whatever is opened here is closed here, in reverse order. Trouble that the owner can mend comes out
+as a `PeerError` (inside an ExceptionGroup, as tasks are involved: write `except* PeerError`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from dht.directory import Directory
+from peer import finding
+from peer.checkpoint import CheckpointStore
+from peer.config import PeerConfig
+from peer.control import ControlServer
+from peer.driver import AppliedFacts, Driver
+from peer.errors import RunNotFoundError
+from peer.exchange import NO, Exchange, Outcome, refuse
+from peer.home import Seat, open_seat
+from peer.learner import TrainerLearner
+from peer.manifest import Manifest, default_manifest
+from peer.manifest_toml import stage_assets
+from peer.net.budget import UploadBudget
+from peer.net.transport import Stream, Transport
+from peer.observe import events as ev
+from peer.observe.hub import Hub
+from peer.observe.jsonl import JsonlLog
+from peer.observe.metrics import Metrics, serve_http
+from peer.train.method import DataSource, Method
+from peer.transfer import serve_asset
+from protocols import limits
+from protocols.events import Leaving, RecordIssued, RecordSeen, StateReady
+from protocols.group import GroupConfig, GroupMachine
+from protocols.identity import Signer
+from protocols.messages import AssetQuery, Plan
+from protocols.records import PeerRecord, sign_record
+from protocols.sharding import own_blocks
+from protocols.types import PeerId, RunId
+
+Build = Callable[[Manifest, Path], tuple[Method, DataSource]]
+"""(manifest, assets folder) -> what trains and on what; called in the training thread."""
+
+MEMBERS_READ_S: Final = 2.0  # while there is nobody, and ...
+MEMBERS_READ_S_MAX: Final = 15.0  # ... once there is company
+PROGRESS_S: Final = 1.0
+UPLOAD_KBPS_UNKNOWN: Final = 100_000  # what an unmeasured, unlimited line counts for in elections
+RETURN_WAIT_S: Final = 15.0  # a peer with a past looks for the others before it goes on alone
+GOODBYE_S: Final = 2.0
+SEED_SALT: Final = 0
+
+
+class Network(Protocol):
+    """What a peer stands on: how it talks, and how it finds."""
+
+    @property
+    def transport(self) -> Transport: ...
+
+    @property
+    def directory(self) -> Directory: ...
+
+    @property
+    def budget(self) -> UploadBudget: ...
+
+    async def close(self) -> None: ...
+
+
+NetworkFactory = Callable[[PeerConfig, Seat, Signer, Hub], Any]
+"""(config, seat, signer, hub) -> awaitable Network; `peer.net.network.open_libp2p` by default."""
+
+
+class Peer:
+    """A running peer: what an embedder holds."""
+
+    def __init__(
+        self, signer: Signer, seat: Seat, hub: Hub, manifest: Manifest, network: Network,
+        machine: GroupMachine, learner: TrainerLearner,
+    ) -> None:  # fmt: skip
+        self.id = signer.peer_id
+        self.seat = seat
+        self.hub = hub
+        self.manifest = manifest
+        self.run: RunId = manifest.run_id()
+        self.network = network
+        self._machine = machine
+        self._learner = learner
+        self._left = asyncio.Event()
+        self._changed = asyncio.Event()
+        self._signer = signer
+        hub.listen(self._note)
+
+    @property
+    def addresses(self) -> list[str]:
+        """Where others reach this peer; any of them serves as their `via`."""
+        return self.network.transport.addresses()
+
+    @property
+    def round(self) -> int:
+        """Rounds of history in the state."""
+        return self._learner.round
+
+    @property
+    def digest(self) -> bytes:
+        """Of the outer state; equal on all peers of a group at the same round."""
+        return self._learner.digest
+
+    @property
+    def members(self) -> list[PeerId]:
+        """Live members of the group, this peer included."""
+        return self._machine.live_members(time.monotonic())
+
+    def status(self) -> dict[str, Any]:
+        """What `peer status` shows: plain JSON values."""
+        machine = self._machine
+        now_s = time.monotonic()
+        others = [
+            {
+                "peer": n.record.peer,
+                "group": n.record.group,
+                "round": n.round or n.record.round,
+                "ready": n.ready,
+                "suspected": n.suspected,
+                "heard_s_ago": round(now_s - n.heard_s, 1) if n.heard_s > 0 else None,
+                "rtt_ms": round(n.rtt_s * 1000, 1) if n.rtt_s is not None else None,
+            }
+            for n in machine.members.everybody()
+        ]
+        return {
+            **self.hub.snapshot(),
+            "peer": self.id,
+            "run": self.run,
+            "seat": str(self.seat.folder),
+            "addresses": self.addresses,
+            "phase": machine.phase,
+            "round": self.round,
+            "epoch": machine.epoch,
+            "digest": self.digest.hex(),
+            "group": machine.group,
+            "group_members": self.members,
+            "coordinator": machine.coordinator(now_s),
+            "dht_nodes": self.network.directory.size(),
+            "network": others,
+        }
+
+    async def wait_round(self, number: int) -> None:
+        """Until the state holds `number` rounds."""
+        while self.round < number:
+            self._changed.clear()
+            await self._changed.wait()
+
+    async def save(self) -> str:
+        """Write a checkpoint now; its path."""
+        await self._learner.save()
+        latest = CheckpointStore(checkpoints(self.seat, self.run), read_only=True).path_of_latest()
+        return str(latest) if latest is not None else ""
+
+    def leave(self) -> None:
+        """Ask the peer to leave politely; `open_peer`'s block may end then."""
+        self._left.set()
+
+    async def wait_left(self) -> None:
+        """Until somebody asked the peer to leave."""
+        await self._left.wait()
+
+    def _note(self, event: ev.Event) -> None:
+        if isinstance(event, ev.RoundFinished | ev.StateReceived):
+            self._changed.set()
+
+
+def checkpoints(seat: Seat, run: RunId) -> Path:
+    return seat.run_folder(run) / "checkpoints"
+
+
+@asynccontextmanager
+async def open_peer(
+    config: PeerConfig,
+    *,
+    hub: Hub | None = None,
+    build: Build | None = None,
+    network: NetworkFactory | None = None,
+) -> AsyncIterator[Peer]:
+    """Join (or start) a run and train for the block's length.
+
+    `build`: your own method and data source; `network`: another network than libp2p.
+
+    Raises:
+        PeerError: in an ExceptionGroup; what the owner can mend, with the next step.
+    """
+    hub = hub or Hub()
+    async with AsyncExitStack() as stack:
+        seat = stack.enter_context(open_seat(config.home, config.seat))
+        stack.callback(hub.listen(stack.enter_context(JsonlLog(seat.log_path, announce=hub.emit))))
+        metrics = Metrics()
+        stack.callback(hub.listen(metrics))
+        signer = seat.identity()
+        for notice in seat.notices:
+            hub.emit(ev.Notice("warning", notice))
+        finding.check_addresses(config.via)
+        net: Network = await (network or _libp2p)(config, seat, signer, hub)
+        stack.push_async_callback(net.close)
+        async with asyncio.TaskGroup() as tasks:
+            connector = finding.Connector(
+                net.transport, net.directory, hub.emit, lambda a: _remember_via(seat, a)
+            )
+            via = list(dict.fromkeys((*config.via, *seat.memory.via)))
+            chores = [
+                tasks.create_task(connector.keep(address), name=f"via {address}")
+                for address in via
+                if address not in net.transport.addresses()
+            ]
+            manifest = await _choose_run(config, seat, net, connector, bool(chores), hub)
+            seat.remember(run=manifest.run_id())
+            peer, driver, founded_ms = await _assemble(
+                config, seat, signer, hub, manifest, net, connector, bool(chores), build, stack
+            )
+            if config.metrics_port is not None:
+                health = _health(peer)
+                port = await stack.enter_async_context(
+                    serve_http(metrics.registry, health, port=config.metrics_port)
+                )
+                hub.emit(ev.Notice("info", f"metrics at http://127.0.0.1:{port}/metrics"))
+            await stack.enter_async_context(ControlServer(seat.control_path, _verbs(peer)))
+            keeper = _Keeper(config, peer, driver, founded_ms)
+            chores += keeper.start(tasks)
+            _announce(peer, config)
+            try:
+                yield peer
+            finally:
+                reason = "asked to leave" if peer._left.is_set() else "closing"
+                await keeper.stop(reason)
+                for chore in chores:
+                    chore.cancel()
+                await driver.exchange.close()
+                hub.emit(ev.Left(reason))
+
+
+async def _libp2p(config: PeerConfig, seat: Seat, signer: Signer, hub: Hub) -> Network:
+    from peer.net.network import open_libp2p  # imports hivemind and torch: two seconds
+
+    return await open_libp2p(config, seat.folder, signer, hub.emit)
+
+
+# ── the run ──────────────────────────────────────────────────────────────────────────────
+async def _choose_run(
+    config: PeerConfig, seat: Seat, net: Network, connector: finding.Connector,
+    has_via: bool, hub: Hub,
+) -> Manifest:  # fmt: skip
+    """Start the given run, go on with the remembered one, or find one through `via`."""
+    if config.manifest is not None:
+        return config.manifest
+    remembered = seat.memory.run
+    wanted = config.run
+    if wanted is None and not config.via and remembered is not None:
+        wanted = remembered
+    if wanted is not None and len(wanted) == 64:
+        manifest = finding.saved_manifest(seat.run_folder(wanted))
+        if manifest is not None:
+            return manifest
+    elif wanted is not None and remembered is not None and remembered.startswith(wanted):
+        manifest = finding.saved_manifest(seat.run_folder(remembered))
+        if manifest is not None:
+            return manifest
+    if not has_via:
+        if config.run is not None:
+            raise RunNotFoundError(
+                f"run {config.run[:64]!r} is not on this machine; give the address of somebody who"
+                " trains it: --via ADDRESS"
+            )
+        return default_manifest()
+    await connector.answered.wait()
+    return await finding.find_manifest(net.directory, wanted, default_manifest, hub.emit)
+
+
+def _remember_via(seat: Seat, address: str) -> None:
+    seat.remember(via=(address, *seat.memory.via))
+
+
+async def _assemble(
+    config: PeerConfig, seat: Seat, signer: Signer, hub: Hub, manifest: Manifest, net: Network,
+    connector: finding.Connector, has_via: bool, build: Build | None, stack: AsyncExitStack,
+) -> tuple[Peer, Driver, int]:  # fmt: skip
+    """Files, model, state and machine of the run."""
+    run = manifest.run_id()
+    folder = seat.run_folder(run)
+    finding.save_manifest(folder, manifest)
+    assets = folder / "assets"
+    if config.files:
+        await asyncio.to_thread(stage_assets, config.files, assets)
+    await finding.fetch_assets(manifest, assets, net.transport, net.directory, hub.emit)
+    store = CheckpointStore(folder / "checkpoints")
+    learner = TrainerLearner(
+        signer.peer_id,
+        lambda: build(manifest, assets) if build else build_run(manifest, assets, config),
+        store,
+        hub.emit,
+        batch_size=manifest.inner.batch_size,
+        seed=SEED_SALT,
+        threads=config.threads,
+        checkpoint_every=manifest.schedule.checkpoint_every,
+    )
+    await learner.open()
+    stack.push_async_callback(learner.close, save=False)
+    machine = GroupMachine(
+        signer.peer_id,
+        GroupConfig(
+            run=run,
+            units=learner.method.units,
+            site=config.site,
+            members_max=manifest.group.members_max,
+            aggregators_max=manifest.group.aggregators_max,
+            round_s=manifest.schedule.round_s,
+            exchange_s=manifest.schedule.exchange_s,
+            quorum=manifest.group.quorum,
+        ),
+        time.monotonic(),
+    )
+    exchange = Exchange(net.transport, signer, learner.method.reducer)
+    peer = Peer(signer, seat, hub, manifest, net, machine, learner)
+    founded_ms = seat.memory.founded_ms or int(time.time() * 1000)
+    seat.remember(founded_ms=founded_ms)
+
+    async def give_asset(stream: Stream, query: AssetQuery) -> None:
+        if query.name not in {asset.name for asset in manifest.assets}:
+            await refuse(stream, NO, "the run has no such file")
+            return
+        await serve_asset(stream, assets / query.name, query.offset)
+
+    driver = Driver(
+        machine, net.transport, signer, exchange, learner, hub.emit,
+        publish=lambda: None, serve_asset=give_asset,
+    )  # fmt: skip
+    founder = not has_via or config.manifest is not None
+    if founder or learner.restored or await _nobody_has_it(net, run, signer.peer_id):
+        if has_via and learner.restored:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(RETURN_WAIT_S):
+                    await connector.answered.wait()
+        driver.feed(StateReady(learner.round, learner.digest))
+    return peer, driver, founded_ms
+
+
+async def _nobody_has_it(net: Network, run: RunId, me: PeerId) -> bool:
+    """Whether no other peer is a member of the run: then this one may found it."""
+    end_s = time.monotonic() + finding.EMPTY_S
+    while time.monotonic() < end_s:
+        if any(record.peer != me for record in await net.directory.members(run)):
+            return False
+        await asyncio.sleep(0.5)
+    return True
+
+
+def build_run(manifest: Manifest, assets: Path, config: PeerConfig) -> tuple[Method, DataSource]:
+    """Method and data as the manifest says. Takes seconds: runs in the training thread."""
+    from peer.train import build_data, build_method, build_tokenizer
+
+    tokenizer = build_tokenizer(manifest, assets)
+    data = build_data(manifest, assets, tokenizer, config.data)
+    return build_method(manifest, assets, config.device, config.threads), data
+
+
+# ── chores ───────────────────────────────────────────────────────────────────────────────
+class _Keeper:
+    """The peer's standing tasks: record, members, progress, rounds' reports, training's health."""
+
+    def __init__(self, config: PeerConfig, peer: Peer, driver: Driver, founded_ms: int) -> None:
+        self._config = config
+        self._peer = peer
+        self._driver = driver
+        self._founded_ms = founded_ms
+        self._learner = peer._learner
+        self._machine = peer._machine
+        self._hub = peer.hub
+        self._publish = asyncio.Event()
+        self._finished: asyncio.Queue[
+            tuple[int, AppliedFacts, list[Outcome], Plan | None, float]
+        ] = asyncio.Queue(maxsize=64)
+        self._bytes = (0, 0)
+        self._waited_share = 0.0
+        self._sharers: tuple[PeerId, ...] = ()
+        self._plan: Plan | None = None
+        driver._publish = self._publish.set
+        driver._on_plan = self._planned
+        driver.round_finished = self._round_finished
+
+    def start(self, tasks: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
+        self._issue_record()
+        works = {
+            "driver": self._driver.run(),
+            "record": self._keep_record(),
+            "members": self._keep_members(),
+            "progress": self._keep_progress(),
+            "rounds": self._keep_rounds(),
+            "blocks": self._keep_blocks(),
+            "training": self._learner.failed(),
+        }
+        return [tasks.create_task(work, name=name) for name, work in works.items()]
+
+    async def stop(self, reason: str) -> None:
+        """Say goodbye and save; the second Ctrl-C cuts this short."""
+        self._driver.feed(Leaving(reason))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(GOODBYE_S):
+                await self._driver.posted()
+        if self._learner.round > 0 and self._machine.ready:
+            await self._learner.save()
+
+    # ── the record ───────────────────────────────────────────────────────────────────────
+    def _issue_record(self) -> bytes:
+        budget_bps = self._config.upload_bps
+        now_ms = int(time.time() * 1000)
+        record = PeerRecord(
+            self._peer.id,
+            self._peer.run,
+            self._machine.group,
+            self._config.site,
+            tuple(self._peer.addresses[: limits.ADDRESSES_MAX]),
+            int(budget_bps / 1000) if budget_bps is not None else UPLOAD_KBPS_UNKNOWN,
+            True,
+            self._learner.round,
+            self._founded_ms,
+            now_ms,
+            now_ms + int(limits.RECORD_TTL_S * 1000),
+        )
+        signed = sign_record(self._peer._signer, record)
+        self._driver.feed(RecordIssued(signed, record))
+        return signed
+
+    async def _keep_record(self) -> None:
+        manifest = self._peer.manifest
+        directory = self._peer.network.directory
+        canonical = manifest.to_canonical()
+        announced = False
+        while True:
+            self._publish.clear()
+            stored = await directory.publish_record(self._issue_record())
+            if self._machine.ready and not announced:
+                announced = await directory.publish_manifest(
+                    self._peer.run, canonical, manifest.name
+                )
+            alone = not stored or not announced
+            wait_s = MEMBERS_READ_S if alone else limits.RECORD_REFRESH_S
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait_s):
+                    await self._publish.wait()
+
+    async def _keep_members(self) -> None:
+        net = self._peer.network
+        remember = getattr(net.transport, "remember", None)
+        wait_s = MEMBERS_READ_S
+        while True:
+            for record in await net.directory.members(self._peer.run):
+                if record.peer == self._peer.id:
+                    continue
+                if remember is not None:
+                    remember(record.peer, record.addresses)
+                self._driver.feed(RecordSeen(record))
+            company = len(self._machine.members.everybody()) > 0
+            wait_s = min(MEMBERS_READ_S_MAX, wait_s * 1.3) if company else MEMBERS_READ_S
+            await asyncio.sleep(wait_s * random.uniform(0.8, 1.2))
+
+    # ── whose blocks ─────────────────────────────────────────────────────────────────────
+    def _planned(self, plan: Plan) -> None:
+        self._plan = plan
+
+    async def _keep_blocks(self) -> None:
+        """Share the data out among the plan's roster and everyone in other groups."""
+        while True:
+            if self._machine.ready:
+                sharers = self._sharers_now()
+                if sharers != self._sharers:
+                    self._sharers = sharers
+                    mine = await asyncio.to_thread(
+                        own_blocks, self._peer.run, self._peer.id, sharers, self._learner.blocks
+                    )
+                    await self._learner.set_blocks(mine)
+                self._learner.start()
+            await asyncio.sleep(0.2)
+
+    def _sharers_now(self) -> tuple[PeerId, ...]:
+        group = self._machine.group
+        inside = set(self._plan.peers) if self._plan is not None else {self._peer.id}
+        outside = {
+            n.record.peer
+            for n in self._machine.members.everybody()
+            if n.record.group != group and not n.left and not n.suspected
+        }
+        return tuple(sorted(inside | outside | {self._peer.id}))
+
+    # ── telling ──────────────────────────────────────────────────────────────────────────
+    def _round_finished(
+        self, number: int, facts: AppliedFacts, held: list[Outcome], plan: Plan | None, s: float
+    ) -> None:
+        if self._finished.full():
+            self._finished.get_nowait()
+        self._finished.put_nowait((number, facts, held, plan, s))
+
+    async def _keep_rounds(self) -> None:
+        every = self._peer.manifest.schedule.evaluate_every
+        while True:
+            number, facts, held, plan, seconds = await self._finished.get()
+            validation = None
+            if every and number % every == 0:
+                validation = await self._learner.evaluate()
+            self._hub.emit(self._report(number, facts, held, plan, seconds, validation))
+            await self._learner.after_round()
+
+    def _report(
+        self, number: int, facts: AppliedFacts, held: list[Outcome], plan: Plan | None,
+        seconds: float, validation: float | None,
+    ) -> ev.RoundFinished:  # fmt: skip
+        roster = plan.peers if plan is not None else []
+        budget = self._peer.network.budget
+        before, self._bytes = self._bytes, (budget.bytes_up, budget.bytes_down)
+        stats = self._learner.stats()
+        taken = self._driver.taken(number)
+        share = self._learner.waited_share()
+        return ev.RoundFinished(
+            group=self._machine.group,
+            round=number,
+            epoch=plan.epoch if plan is not None else 0,
+            roster=list(roster),
+            spans=[span_report(outcome, len(roster), plan) for outcome in held],
+            included=facts.included,
+            digest=facts.digest.hex(),
+            loss=taken.loss if taken is not None else None,
+            validation_loss=validation,
+            tokens_per_s=stats.tokens_per_s,
+            bytes_up=self._bytes[0] - before[0],
+            bytes_down=self._bytes[1] - before[1],
+            waited_s=share,
+            seconds=seconds,
+        )
+
+    async def _keep_progress(self) -> None:
+        while True:
+            await asyncio.sleep(PROGRESS_S)
+            stats = self._learner.stats()
+            now_s = time.monotonic()
+            current = self._machine.current
+            plan = current.plan if current is not None else self._plan
+            due_s = current.due_s - now_s if current is not None and current.training else 0.0
+            budget = self._peer.network.budget
+            self._hub.emit(
+                ev.Progress(
+                    self._learner.round,
+                    self._machine.epoch,
+                    stats.loss,
+                    stats.tokens_per_s,
+                    stats.steps,
+                    max(0.0, due_s),
+                    self._machine.phase,
+                    self._machine.group,
+                    list(self._peer.members),
+                    [span.aggregator for span in plan.spans] if plan is not None else [],
+                    self._machine.coordinator(now_s) or "",
+                    budget.bytes_up,
+                    budget.bytes_down,
+                    self._learner.waited_share(),
+                )
+            )
+
+
+def span_report(outcome: Outcome, members: int, plan: Plan | None) -> ev.SpanReport:
+    """The proof of one span, for people."""
+    header = outcome.header
+    size = header.stop - header.start
+    inside = sum(
+        sum(byte.bit_count() for byte in c.mask) if c.mask else size for c in header.contributors
+    )
+    return ev.SpanReport(
+        header.span,
+        header.start,
+        header.stop,
+        outcome.signed.signer,
+        header.epoch,
+        {c.peer: c.weight for c in header.contributors},
+        inside / (size * members) if members else 0.0,
+        header.content_bytes,
+        header.seconds,
+        header.content.hex(),
+    )
+
+
+# ── words and verbs ──────────────────────────────────────────────────────────────────────
+def _announce(peer: Peer, config: PeerConfig) -> None:
+    addresses = peer.addresses
+    via = addresses[0] if addresses else "ADDRESS"
+    method = peer._learner.method
+    peer.hub.emit(
+        ev.Started(
+            peer.id,
+            peer.run,
+            peer.manifest.name,
+            addresses,
+            f"python -m peer join --via {via} --run {peer.run[:12]}",
+            str(getattr(method, "device", "cpu")),
+            int(getattr(method, "parameters", 0)),
+            str(peer.seat.folder),
+        )
+    )
+
+
+def _health(peer: Peer) -> Callable[[], dict[str, Any]]:
+    def health() -> dict[str, Any]:
+        return {
+            "ok": peer._machine.ready,
+            "peer": peer.id,
+            "run": peer.run,
+            "phase": peer._machine.phase,
+            "round": peer.round,
+            "members": len(peer.members),
+        }
+
+    return health
+
+
+def _verbs(peer: Peer) -> dict[str, Callable[[dict[str, Any]], Any]]:
+    """What other commands may ask over the control socket."""
+
+    async def status(_: dict[str, Any]) -> dict[str, Any]:
+        return peer.status()
+
+    async def leave(_: dict[str, Any]) -> dict[str, Any]:
+        peer.leave()
+        return {"leaving": True, "peer": peer.id}
+
+    async def save(_: dict[str, Any]) -> dict[str, Any]:
+        return {"checkpoint": await peer.save(), "round": peer.round}
+
+    return {"status": status, "leave": leave, "save": save}
