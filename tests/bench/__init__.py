@@ -1,0 +1,6 @@
+"""Measurements with a bar to clear: `python -m tests.bench` lists them, `... NAME` runs one.
+
+A measurement is a module here with `run(quick, seed, progress) -> Result`, named in `registry`.
+It compares with a reference in the same run, on the same machine, under the same load; it checks
+what it timed; and it leaves no process behind, however it ends.
+"""

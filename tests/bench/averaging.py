@@ -1,0 +1,215 @@
+"""Averaging 25 M float32 parameters among 4 peers on loopback, against hivemind.
+
+Both systems run in the same minutes, one round of each in turn, while the other one idles. A
+round, in every peer at once:
+
+- `prepare`: fresh random tensors, different for every peer and round. Not timed.
+- `gather`: matchmaking, agreement on a plan; everything that moves or encodes no tensor data.
+- `average`: from the tensor in memory to the mean in memory on the last of the peers.
+- `verify`: every peer recomputes all contributions and compares. Not timed.
+
+To plug a system in, write its worker (`averaging_hivemind` is one; `serve_async` is there for
+event loops) and name it in `_SYSTEMS`; it is measured as soon as its module exists.
+`start(index, size, via, numel, seed)` answers `{"addresses": [...]}`, `prepare(number)` and
+`gather(number)` answer `{}`, `average(number)` answers `{"failure": None or why}`,
+`verify(number)` answers `tensors.check(...).facts()`; `number` is the round's.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.util import find_spec
+from statistics import median
+from typing import Final
+
+from tests.bench.fleet import Fleet, Took
+from tests.bench.result import Bar, Cell, Progress, Result
+from tests.bench.tensors import Check
+
+_REFERENCE: Final = "hivemind"
+_OURS: Final = "murmuration"
+_SYSTEMS: Final = {
+    _REFERENCE: "tests.bench.averaging_hivemind",
+    _OURS: "tests.bench.averaging_ours",
+}
+
+_PEERS: Final = 4
+_ERROR_MAX: Final = 1e-2  # an 8-bit mean of normal values has 0.006; one lost piece of a peer, 0.25
+_STEP_TIMEOUT_S: Final = 120.0
+_SPARE_ROUNDS: Final = 5  # a failed or wrong round of the reference is told and played again
+
+
+@dataclass(frozen=True, slots=True)
+class _Scale:
+    numel: int
+    warm_up: int
+    measured: int
+
+
+_FULL: Final = _Scale(numel=25_000_000, warm_up=1, measured=7)
+_QUICK: Final = _Scale(numel=1_000_000, warm_up=1, measured=2)
+
+
+@dataclass(frozen=True, slots=True)
+class _Round:
+    """One round of one system, all peers together."""
+
+    round: int
+    gather: Took
+    average: Took
+    checks: list[Check]
+    failure: str
+    """Why its result can't be used; empty if every peer has the true mean."""
+
+    @property
+    def error(self) -> float:
+        return max(check.error for check in self.checks)
+
+    @property
+    def identical(self) -> bool:
+        return len({check.digest for check in self.checks}) == 1
+
+
+def run(quick: bool, seed: int, progress: Progress) -> Result:
+    """See `registry.Measurement`. A few minutes; quick: half a minute."""
+    scale = _QUICK if quick else _FULL
+    systems = [name for name, module in _SYSTEMS.items() if find_spec(module)]
+    played: dict[str, list[_Round]] = {name: [] for name in systems}
+    with ExitStack() as stack:
+        fleets = {
+            name: stack.enter_context(Fleet(name, _SYSTEMS[name], _PEERS)) for name in systems
+        }
+        for name, fleet in fleets.items():
+            progress(f"{name}: starting {_PEERS} peers")
+            fleet.start(numel=scale.numel, seed=seed)
+        rounds = iter(range(scale.warm_up + scale.measured + _SPARE_ROUNDS))
+        while any(len(_good(done, scale)) < scale.measured for done in played.values()):
+            round_ = next(rounds, None)
+            if round_ is None:
+                break
+            for name, fleet in fleets.items():
+                one = _play(fleet, round_)
+                played[name].append(one)
+                progress(_story(name, one, warm_up=round_ < scale.warm_up))
+    return Result(
+        rows=[row for name in systems for row in _rows(name, played[name], scale)],
+        bars=_bars(played, scale),
+        notes=_notes(played, scale, seed),
+    )
+
+
+def _play(fleet: Fleet, round_: int) -> _Round:
+    fleet.ask("prepare", _STEP_TIMEOUT_S, number=round_)
+    gather = fleet.timed("gather", _STEP_TIMEOUT_S, number=round_)
+    average = fleet.timed("average", _STEP_TIMEOUT_S, number=round_)
+    checks = [Check(**facts) for facts in fleet.ask("verify", _STEP_TIMEOUT_S, number=round_)]
+    failures = [reply["failure"] for reply in average.replies if reply["failure"]]
+    if not failures:
+        failures = [
+            f"peer {index} was told of success and holds no mean (error {check.error:.2g})"
+            for index, check in enumerate(checks)
+            if not check.error <= _ERROR_MAX
+        ]
+    return _Round(round_, gather, average, checks, "; ".join(failures))
+
+
+def _good(done: list[_Round], scale: _Scale) -> list[_Round]:
+    """The measured rounds whose every result is the true mean."""
+    return [one for one in done if one.round >= scale.warm_up and not one.failure]
+
+
+def _rows(name: str, done: list[_Round], scale: _Scale) -> list[dict[str, Cell]]:
+    rows = [_row(name, str(one.round), [one]) for one in done if one.round >= scale.warm_up]
+    good = _good(done, scale)
+    return [*rows, _row(name, "median", good)] if good else rows
+
+
+def _row(name: str, label: str, rounds: list[_Round]) -> dict[str, Cell]:
+    checks = [check for one in rounds for check in one.checks]
+    return {
+        "system": name,
+        "round": label + " (wrong)" * any(one.failure for one in rounds),
+        "s": median(one.average.seconds for one in rounds),
+        "CPU-s": median(one.average.cpu_s for one in rounds),
+        "s, all": median(one.gather.seconds + one.average.seconds for one in rounds),
+        "CPU-s, all": median(one.gather.cpu_s + one.average.cpu_s for one in rounds),
+        "error": max(check.error for check in checks),
+        "of mean": max(check.error_of_mean for check in checks),
+        "worst": max(check.error_max for check in checks),
+        "same bits": "yes" if all(one.identical for one in rounds) else "no",
+        "others": f"{median(one.average.others for one in rounds):.0%}",
+    }
+
+
+def _bars(played: dict[str, list[_Round]], scale: _Scale) -> list[Bar]:
+    ours = played.get(_OURS, [])
+    good = _good(ours, scale)
+    reference = _good(played[_REFERENCE], scale)
+    against = f"{_REFERENCE}'s all-reduce without its matchmaking, median of {len(reference)}"
+    ratios: list[float | None] = [None, None]
+    if good and reference:
+        ratios = [
+            median(one.average.seconds for one in good)
+            / median(one.average.seconds for one in reference),
+            median(one.average.cpu_s for one in good)
+            / median(one.average.cpu_s for one in reference),
+        ]
+    counted = [one for one in ours if one.round >= scale.warm_up]
+    return [
+        Bar.at_most("averaging: seconds, ours / theirs", ratios[0], 0.5, against),
+        Bar.at_most("averaging: CPU-seconds, ours / theirs", ratios[1], 0.5, against),
+        Bar.at_most(
+            "averaging: our worst error on any peer, any round, any piece",
+            max((one.error for one in ours), default=None),
+            _ERROR_MAX,
+            "true mean in float64; rms of the error / rms of the contributions",
+        ),
+        Bar.at_least(
+            "averaging: our rounds in which every peer had the mean",
+            len(good) / len(counted) if counted else None,
+            1.0,
+            f"{_REFERENCE}: {_share(played[_REFERENCE])}, warm-up included",
+        ),
+    ]
+
+
+def _share(done: list[_Round]) -> str:
+    return f"{sum(not one.failure for one in done)} of {len(done)} rounds"
+
+
+def _notes(played: dict[str, list[_Round]], scale: _Scale, seed: int) -> list[str]:
+    setting = (
+        f"Seed {seed}; {_PEERS} peers of {scale.numel:,} float32 values, standard normal, fresh in "
+        f"every round; {scale.warm_up} warm-up round before these; one compute thread per process."
+    )
+    clocks = (
+        "s: from the word go until the last peer had answered. CPU-s: of all processes of all "
+        "peers, daemons and helpers included. s and CPU-s, all: with the gathering before it "
+        "(matchmaking, no tensor moves). others: what everyone else used of the cores meanwhile."
+    )
+    errors = (
+        "Against the true mean, on the worst peer. error: the worst of the pieces of 65,536 "
+        f"values, over the rms of the contributions (wrong: more than {_ERROR_MAX:g}, or a failed "
+        "round; not counted). of mean: all values, over the rms of the mean. worst: the single "
+        "worst value, over the rms of the mean. same bits: on all peers."
+    )
+    notes = [setting, clocks, errors]
+    notes += [
+        f"{name}, round {one.round}: {one.failure}."
+        for name, done in played.items()
+        for one in done
+        if one.failure
+    ]
+    if _OURS not in played:
+        notes.append(f"Only the reference ran: {_SYSTEMS[_OURS]} does not exist yet.")
+    return notes
+
+
+def _story(name: str, one: _Round, *, warm_up: bool) -> str:
+    story = (
+        f"{name} round {one.round}{' (warm-up)' * warm_up}: {one.average.seconds:.2f} s and "
+        f"{one.average.cpu_s:.2f} CPU-s after {one.gather.seconds:.2f} s of gathering, "
+        f"error {one.error:.1e}"
+    )
+    return f"{story}; {one.failure}" if one.failure else story

@@ -1,0 +1,98 @@
+"""The reference: one peer of hivemind's DecentralizedAverager, as its users would run it.
+
+`gather` is its matchmaking, up to the moment when all that is left is the all-reduce: a step is
+asked to wait for a trigger, which `average` pulls. Half-precision on the wire; its own 8-bit codec
+reports success but averages nothing with numpy >= 2.4.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Final
+
+import hivemind
+import torch
+from hivemind.averaging.allreduce import AllreduceException
+from hivemind.averaging.control import AveragingStage
+from hivemind.averaging.matchmaking import MatchmakingException
+from hivemind.compression import Float16Compression
+
+from tests.bench.tensors import check, contribution
+from tests.bench.worker import Reply, serve
+
+_MATCHMAKING_S: Final = 1.0  # shortest that forms groups reliably; a full group starts sooner
+_REQUEST_TIMEOUT_S: Final = 0.8  # must be smaller, or its matchmaking can deadlock
+_ALLREDUCE_TIMEOUT_S: Final = 60.0
+_STAGE_POLL_S: Final = 0.002
+
+
+class HivemindPeer:
+    """The command handlers; see `tests.bench.averaging` for what each must do."""
+
+    _averager: Any
+    _step: Any
+
+    def start(self, *, index: int, size: int, via: list[str], numel: int, seed: int) -> Reply:
+        self._index, self._size, self._seed = index, size, seed
+        self._dht = hivemind.DHT(
+            initial_peers=via,
+            start=True,
+            host_maddrs=["/ip4/127.0.0.1/tcp/0"],
+            use_relay=False,
+            auto_nat=False,
+            nat_port_map=False,
+        )
+        self._averager = hivemind.DecentralizedAverager(
+            [torch.zeros(numel)],
+            self._dht,
+            start=True,
+            prefix="bench",
+            target_group_size=size,
+            min_group_size=size,
+            min_matchmaking_time=_MATCHMAKING_S,
+            request_timeout=_REQUEST_TIMEOUT_S,
+            allreduce_timeout=_ALLREDUCE_TIMEOUT_S,
+            compression=Float16Compression(),
+            allow_state_sharing=False,
+        )
+        return {"addresses": [str(address) for address in self._dht.get_visible_maddrs()]}
+
+    def prepare(self, *, number: int) -> Reply:
+        with self._averager.get_tensors() as tensors:
+            contribution(self._seed, number, self._index, tensors[0].numpy())
+        return {}
+
+    def gather(self, *, number: int) -> Reply:
+        self._step = self._averager.step(wait=False, require_trigger=True, allow_retries=False)
+        while self._step.stage in (AveragingStage.IDLE, AveragingStage.LOOKING_FOR_GROUP):
+            time.sleep(_STAGE_POLL_S)
+        return {}
+
+    def average(self, *, number: int) -> Reply:
+        if not self._step.done():
+            self._step.allow_allreduce()
+        try:
+            group = self._step.result()
+        except (AllreduceException, MatchmakingException, TimeoutError) as error:
+            return {"failure": repr(error)}
+        if len(group) != self._size:
+            return {"failure": f"a group of {len(group)}"}
+        return {"failure": None}
+
+    def verify(self, *, number: int) -> Reply:
+        with self._averager.get_tensors() as tensors:
+            return check(self._seed, number, self._size, tensors[0].numpy()).facts()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    peer = HivemindPeer()
+    serve(
+        {
+            "start": peer.start,
+            "prepare": peer.prepare,
+            "gather": peer.gather,
+            "average": peer.average,
+            "verify": peer.verify,
+        }
+    )

@@ -1,0 +1,39 @@
+"""The measurements by name. To add one: write the module, name it here."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Final, Protocol, cast
+
+from tests.bench.result import Progress, Result
+
+MEASUREMENTS: Final[dict[str, str]] = {
+    "averaging": "tests.bench.averaging",
+}
+
+
+class Measurement(Protocol):
+    """A module with a one-line docstring that says what is measured, and this function."""
+
+    __doc__: str | None
+
+    def run(self, quick: bool, seed: int, progress: Progress) -> Result:
+        """Measure. `quick`: small and rough, to see that it works; never a result to quote.
+
+        Raises:
+            BenchError: it could not be measured.
+        """
+
+
+def load(name: str) -> Measurement:
+    """The measurement of that name. Heavy imports belong into its `run` or its workers.
+
+    Raises:
+        KeyError: there is none.
+    """
+    return cast("Measurement", importlib.import_module(MEASUREMENTS[name]))
+
+
+def title(name: str) -> str:
+    """The first line of the measurement's docstring."""
+    return (load(name).__doc__ or name).strip().splitlines()[0]

@@ -1,0 +1,294 @@
+"""The benchmarks' own promises: honest bars, stable output, and nothing left running."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.bench import machine, processes, registry, tensors
+from tests.bench.__main__ import main
+from tests.bench.fleet import Fleet, FleetError
+from tests.bench.result import Bar, BenchError, Progress, Result
+
+KEPT = Bar.at_most("half the time", 0.4, 0.5, "a stopwatch")
+MISSED = Bar.at_least("all of it", 0.9, 1.0, "a ruler")
+
+
+class Fake:
+    """A measurement that measures nothing."""
+
+    __doc__ = "A pretended measurement.\n\nIts details."
+
+    def __init__(self, *bars: Bar, error: BaseException | None = None) -> None:
+        self._result = Result([{"what": "a|b", "s": 1.23456}], bars, ["A note."])
+        self._error = error
+        self.asked: list[tuple[bool, int]] = []
+
+    def run(self, quick: bool, seed: int, progress: Progress) -> Result:
+        self.asked.append((quick, seed))
+        progress("half way [there]")
+        if self._error:
+            raise self._error
+        return self._result
+
+
+def install(monkeypatch: pytest.MonkeyPatch, fake: Fake) -> Fake:
+    monkeypatch.setattr(registry, "MEASUREMENTS", {"fake": "fake_measurement"})
+    monkeypatch.setitem(sys.modules, "fake_measurement", fake)
+    return fake
+
+
+# ── the command ──────────────────────────────────────────────────────────────────────────
+
+
+def test_every_registered_measurement_loads_and_says_what_it_measures() -> None:
+    for name in registry.MEASUREMENTS:
+        assert callable(registry.load(name).run)
+        assert len(registry.title(name)) > len(name)
+
+
+def test_without_a_name_the_measurements_are_listed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install(monkeypatch, Fake())
+    assert main([]) == 0
+    assert capsys.readouterr().out.split(None, 1) == ["fake", "A pretended measurement.\n"]
+
+
+def test_an_unknown_name_is_refused_with_the_known_ones(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install(monkeypatch, Fake())
+    assert main(["nonsense"]) == 2
+    assert "choose one of: fake" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("fake", "code"),
+    [
+        (Fake(KEPT), 0),
+        (Fake(KEPT, MISSED), 1),
+        (Fake(error=BenchError("the network is gone; plug it in")), 3),
+        (Fake(error=KeyboardInterrupt()), 130),
+    ],
+)
+def test_the_exit_code_tells_how_it_went(
+    monkeypatch: pytest.MonkeyPatch, fake: Fake, code: int
+) -> None:
+    install(monkeypatch, fake)
+    assert main(["fake"]) == code
+
+
+def test_json_is_the_bars_and_nothing_else_on_stdout(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install(monkeypatch, Fake(KEPT, MISSED))
+    assert main(["fake", "--format", "json"]) == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out) == [
+        {
+            "bar": "half the time",
+            "value": 0.4,
+            "must": "<= 0.5",
+            "holds": True,
+            "reference": "a stopwatch",
+        },
+        {
+            "bar": "all of it",
+            "value": 0.9,
+            "must": ">= 1",
+            "holds": False,
+            "reference": "a ruler",
+        },
+    ]
+    assert "half way [there]" in err
+
+
+def test_a_given_seed_is_used_and_a_fresh_one_is_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake = install(monkeypatch, Fake(KEPT))
+    main(["fake", "--seed", "7", "--quick"])
+    capsys.readouterr()
+    main(["fake"])
+    (given, fresh) = fake.asked
+    assert given == (True, 7)
+    assert f"--seed {fresh[1]}" in capsys.readouterr().err
+
+
+def test_a_saved_page_says_what_was_run_where_and_what_came_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    install(monkeypatch, Fake(KEPT))
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    assert main(["fake", "--seed", "7", "--save"]) == 0
+    page = (tmp_path / "docs" / "results" / "fake.md").read_text()
+    assert page.startswith("# A pretended measurement.\n\n    python -m tests.bench fake --seed 7")
+    for fact in ("Date", "Machine", "Versions", "Commit", "Load average before", "after"):
+        assert fact in page
+    assert "| half the time | 0.4 | <= 0.5 | yes | a stopwatch |" in page
+    assert r"| a\|b | 1.23 |" in page
+
+
+def test_what_was_not_measured_does_not_hold() -> None:
+    assert not Bar.at_most("x", None, 1.0, "").holds
+    assert not Bar.at_most("x", float("nan"), 1.0, "").holds
+    assert not Bar.at_least("x", float("nan"), 1.0, "").holds
+
+
+# ── the proof of a mean ──────────────────────────────────────────────────────────────────
+
+SIZE, NUMEL = 3, 2 * tensors.PIECE_VALUES + 77
+
+
+def contributions(seed: int, round_: int) -> list[tensors.Float32]:
+    made = [np.empty(NUMEL, np.float32) for _ in range(SIZE)]
+    for peer, out in enumerate(made):
+        tensors.contribution(seed, round_, peer, out)
+    return made
+
+
+def test_the_true_mean_passes_and_rounds_differ() -> None:
+    mean = np.stack(contributions(5, 1)).mean(axis=0)
+    found = tensors.check(5, 1, SIZE, mean)
+    assert found.error < 1e-6
+    assert found.error_max < 1e-5
+    assert tensors.check(5, 2, SIZE, mean).error > 0.5
+
+
+def test_a_hole_of_one_peer_in_one_piece_is_seen() -> None:
+    made = contributions(5, 1)
+    mean = np.stack(made).mean(axis=0)
+    mean[-77:] -= made[1][-77:] / SIZE
+    assert tensors.check(5, 1, SIZE, mean).error > 0.2
+    mean[-1] = np.nan
+    assert tensors.check(5, 1, SIZE, mean).error == np.inf
+
+
+# ── fleets ───────────────────────────────────────────────────────────────────────────────
+
+WORKER = """
+import os, subprocess, sys, time
+from tests.bench.worker import serve, serve_async
+
+helper = subprocess.Popen(["sleep", "600"], start_new_session=True)
+
+def start(index, size, via, word):
+    print("noise from a library")
+    return {"addresses": [word] if index == 0 else ["never used"], "via": via}
+
+def average(number):
+    if number == 13:
+        raise RuntimeError("bad luck")
+    return {"number": number, "index_seen": sys.argv[1]}
+
+def burn():
+    code = "import time\\nwhile time.process_time() < 0.3: pass"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    return {}
+
+def freeze():
+    time.sleep(600)
+
+handlers = {f.__name__: f for f in (start, average, burn, freeze)}
+if sys.argv[1] == "sync":
+    serve(handlers)
+else:
+    import asyncio
+    def wrapped(function):
+        async def handle(**arguments):
+            return function(**arguments)
+        return handle
+    asyncio.run(serve_async({name: wrapped(f) for name, f in handlers.items()}))
+"""
+
+
+def fleet(kind: str = "sync", size: int = 2) -> Fleet:
+    return Fleet("fake", "", size, command=[sys.executable, "-c", WORKER, kind])
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_all_workers_do_the_same_step_and_the_first_one_leads_the_way(kind: str) -> None:
+    with fleet(kind, 3) as crew:
+        crew.start(word="this way")
+        took = crew.timed("average", 10, number=4)
+        assert took.replies == [{"number": 4, "index_seen": kind}] * 3
+        assert 0 < took.seconds < 10
+
+
+def test_the_cpu_time_of_helpers_that_came_and_went_is_counted() -> None:
+    with fleet() as crew:
+        crew.start(word="x")
+        assert 0.5 <= crew.timed("burn", 20).cpu_s < 2.0  # each process loses up to two ticks
+        assert crew.timed("average", 10, number=1).cpu_s < 0.2
+
+
+@pytest.mark.parametrize("failure", [None, KeyboardInterrupt(), BenchError("no")])
+def test_nothing_is_left_however_a_fleet_ends(failure: BaseException | None) -> None:
+    crew = fleet()
+    with suppress(KeyboardInterrupt, BenchError), crew:
+        crew.start(word="x")
+        assert len(processes.running(crew.family)) == 4
+        if failure:
+            raise failure
+    assert processes.running(crew.family) == []
+
+
+def test_a_worker_that_fails_is_named_with_its_last_words() -> None:
+    with fleet() as crew:
+        crew.start(word="x")
+        with pytest.raises(FleetError, match=r"worker fake-0 died[\s\S]*bad luck"):
+            crew.ask("average", 10, number=13)
+    assert processes.running(crew.family) == []
+
+
+def test_a_worker_that_does_not_answer_is_not_waited_for() -> None:
+    with fleet() as crew:
+        crew.start(word="x")
+        with pytest.raises(FleetError, match="did not answer in time"):
+            crew.ask("freeze", 0.3)
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_workers_do_not_outlive_a_bench_that_is_ended(how: signal.Signals) -> None:
+    script = """
+import sys
+from tests.bench import registry
+from tests.bench.__main__ import main
+from tests.test_bench import fleet
+class Endless:
+    __doc__ = "Never done."
+    def run(self, quick, seed, progress):
+        with fleet() as crew:
+            crew.start(word="x")
+            print(crew.family, flush=True)
+            crew.ask("freeze", 60)
+sys.modules["endless"] = Endless()
+registry.MEASUREMENTS["endless"] = "endless"
+sys.exit(main(["endless"]))
+"""
+    bench = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        cwd=machine.ROOT,
+    )
+    assert bench.stdout is not None
+    family = bench.stdout.readline().strip()
+    try:
+        assert len(processes.running(family)) == 4
+        bench.send_signal(how)
+        assert bench.wait(timeout=20) == (130 if how != signal.SIGKILL else -signal.SIGKILL)
+        assert processes.wait_until(lambda: not processes.running(family), 10)
+    finally:
+        bench.kill()
+        bench.communicate()
+        processes.kill_family(family)
