@@ -14,13 +14,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
-import hashlib
 import logging
 import os
-import platform
 import re
-import socket
 import sys
 import time
 from collections import OrderedDict
@@ -29,7 +25,6 @@ from pathlib import Path
 from typing import Any, Final, Self
 from weakref import WeakSet
 
-import hivemind
 from hivemind.p2p import P2P, PeerID
 from hivemind.p2p.p2p_daemon_bindings.utils import (
     P2PDaemonError,
@@ -37,7 +32,7 @@ from hivemind.p2p.p2p_daemon_bindings.utils import (
     read_pbmsg_safe,
     write_pbmsg,
 )
-from hivemind.proto import crypto_pb2, p2pd_pb2
+from hivemind.proto import p2pd_pb2
 from hivemind.utils.multiaddr import Multiaddr
 
 from peer.errors import NetworkError
@@ -53,6 +48,16 @@ from peer.net.calls import (
     report,
 )
 from peer.net.framing import FramedStream, SocketPipe, serve_stream
+from peer.net.p2pd import (
+    daemon_path,
+    port_is_free,
+    remember_port,
+    remembered_port,
+    socket_prefix,
+    sweep_sockets,
+    write_key,
+)
+from peer.net.p2pd import unknown_daemon as unknown_daemon
 from peer.net.transport import CallHandler, Stream, StreamHandler, TransportError
 from protocols import limits
 from protocols.identity import Signer, public_key_of
@@ -60,9 +65,6 @@ from protocols.types import PeerId
 
 CALL: Final = "murmuration/call/1"
 BULK: Final = "murmuration/bulk/1"
-
-P2PD_SHA256_LINUX_AMD64: Final = "42f8f48e62583b97cdba3c31439c08029fb2b9fc506b5bdd82c46b7cc1d279d8"
-"""The daemon inside hivemind 1.1.12's wheel."""
 
 RESTART_WAITS_S: Final = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0)  # then every 5 s
 ADDRESSES_REFRESH_S: Final = 30.0  # NAT mappings and observed addresses turn up late
@@ -94,14 +96,13 @@ class Libp2pTransport:
         self.p2p: Any = None
         """hivemind's P2P of the daemon that runs now; another one after a restart."""
         self.restart_listeners: list[RestartListener] = []
-        self._identity = folder / "libp2p.key"
-        self._port_file = folder / "port"
+        self._folder = folder
+        self._key_file = write_key(folder, signer)
         self._host = host
-        self._port = port
+        self._port = port or remembered_port(folder)
         self._port_is_given = port != 0
         self._announce = announce
         self._relay = relay
-        self._signer = signer
         self._addresses: list[str] = []
         self._known: OrderedDict[PeerId, list[str]] = OrderedDict()
         """Where peers may be dialled, longest unused first."""
@@ -114,7 +115,6 @@ class Libp2pTransport:
         self._serving: set[asyncio.Task[None]] = set()
         self._streams: WeakSet[FramedStream] = WeakSet()
         self._supervisor: asyncio.Task[None] | None = None
-        self._closing = False
 
     @classmethod
     async def start(
@@ -133,7 +133,7 @@ class Libp2pTransport:
 
         `folder` keeps the daemon's key file and the port, so that a restarted peer is found where
         it was. `port` 0 means the port of last time, or any. `announce` replaces the addresses
-        that others are told.
+        that others are told; give it together with `port`.
 
         Raises:
             NetworkError: the given port is taken, or the daemon does not start.
@@ -149,10 +149,10 @@ class Libp2pTransport:
         )
         if on_restart is not None:
             transport.restart_listeners.append(on_restart)
-        transport._prepare_folder()
+        sweep_sockets()
         try:
             await transport._start_daemon()
-        except (P2PDaemonError, OSError, EOFError) as error:
+        except (P2PDaemonError, TransportError, OSError, EOFError) as error:
             raise NetworkError(
                 f"the network daemon does not start ({error}); check that {daemon_path()} can be "
                 "executed here and that --host names an address of this machine"
@@ -210,7 +210,6 @@ class Libp2pTransport:
         return self._stream(peer, reader, writer, opened_here=True)
 
     async def close(self) -> None:
-        self._closing = True
         if self._supervisor is not None:
             self._supervisor.cancel()
             await asyncio.wait({self._supervisor})
@@ -336,28 +335,8 @@ class Libp2pTransport:
 
     # ── the daemon's life ────────────────────────────────────────────────────────────────
 
-    def _prepare_folder(self) -> None:
-        seed = self._signer.seed
-        key = crypto_pb2.PrivateKey(
-            key_type=crypto_pb2.KeyType.Ed25519, data=seed + self._signer.public_key
-        ).SerializeToString()
-        try:
-            self._identity.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._identity.unlink(missing_ok=True)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-            with os.fdopen(os.open(self._identity, flags, 0o600), "wb") as file:
-                file.write(key)
-            if not self._port:
-                with contextlib.suppress(FileNotFoundError, ValueError):
-                    self._port = int(self._port_file.read_text().strip())
-        except OSError as error:
-            raise NetworkError(
-                f"can't keep the network key in {self._identity.parent} ({error.strerror}); "
-                "choose another folder"
-            ) from None
-
     async def _start_daemon(self) -> None:
-        if self._port and not _port_is_free(self._host, self._port):
+        if self._port and not port_is_free(self._host, self._port):
             if self._port_is_given:
                 raise NetworkError(
                     f"port {self._port} is taken; choose another with --port, or stop the program "
@@ -367,36 +346,43 @@ class Libp2pTransport:
         family = "ip6" if ":" in self._host else "ip4"
         local = self._host in ("127.0.0.1", "::1", "localhost")
         host = "127.0.0.1" if self._host == "localhost" else self._host
-        p2p = await _Daemon.create(
-            host_maddrs=[f"/{family}/{host}/tcp/{self._port}"],
-            announce_maddrs=list(self._announce) or None,
-            identity_path=str(self._identity),
-            check_if_identity_free=False,  # it parses RSA keys only
-            auto_nat=not local,
-            nat_port_map=not local,
-            use_relay=self._relay,
+        creating = asyncio.ensure_future(
+            _Daemon.create(
+                host_maddrs=[f"/{family}/{host}/tcp/{self._port}"],
+                announce_maddrs=list(self._announce) or None,
+                identity_path=str(self._key_file),
+                check_if_identity_free=False,  # it parses RSA keys only
+                auto_nat=not local,
+                nat_port_map=not local,
+                use_relay=self._relay,
+            )
         )
-        control = p2p._client.control
-        control._pending_calls = _Pending(control._pending_calls)
         try:
+            p2p = await asyncio.shield(creating)
+        except asyncio.CancelledError:
+            with contextlib.suppress(P2PDaemonError, OSError, EOFError):
+                await _stop(await creating, "closed")  # cancelled half-way it would live on
+            raise
+        try:
+            control = p2p._client.control
+            control._pending_calls = _Pending(control._pending_calls)
             if str(p2p.peer_id) != self.peer_id:
                 raise P2PDaemonError(f"the daemon calls itself {p2p.peer_id}")
             await p2p._client.add_unary_handler(CALL, self._on_unary)
             await p2p.add_binary_stream_handler(BULK, self._on_inbound)
+            self.p2p = p2p
+            await self._refresh_addresses()
         except BaseException:
+            self.p2p = None
             await _stop(p2p, "start failed")
             raise
-        self.p2p = p2p
-        await self._refresh_addresses()
         self._remember_port()
 
     def _remember_port(self) -> None:
         ports = [m[1] for a in self._addresses if (m := re.search(r"/tcp/(\d+)/p2p/", a))]
-        if self._port or not ports or self._announce:
-            return
-        self._port = int(ports[0])
-        with contextlib.suppress(OSError):  # a full disk costs the port, not the peer
-            self._port_file.write_text(f"{self._port}\n")
+        if ports and not self._port and not self._announce:
+            self._port = int(ports[0])
+            remember_port(self._folder, self._port)
 
     async def _refresh_addresses(self) -> None:
         request = p2pd_pb2.Request(type=p2pd_pb2.Request.IDENTIFY)
@@ -474,6 +460,7 @@ class _Pending(dict[Any, Any]):
 class _Daemon(P2P):  # type: ignore[misc]
     """p2pd in a session of its own, so that Ctrl-C in the terminal reaches only us."""
 
+    _UNIX_SOCKET_PREFIX = "/unix" + socket_prefix()
     stopped = False
 
     def __del__(self) -> None:
@@ -509,25 +496,6 @@ async def _stop(p2p: Any, reason: str) -> None:
     for maddr in (p2p._daemon_listen_maddr, p2p._client_listen_maddr):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(maddr["unix"])  # noqa: PTH108 - a socket file in /tmp: nothing blocks
-
-
-def daemon_path() -> Path:
-    return Path(hivemind.__file__).parent / "hivemind_cli" / "p2pd"
-
-
-def p2pd_sha256() -> str:
-    """SHA-256 of the daemon's binary, hex; reads 9 MB."""
-    return hashlib.sha256(daemon_path().read_bytes()).hexdigest()
-
-
-def unknown_daemon() -> str | None:
-    """A notice for the owner if the daemon is not the one that we know, else None."""
-    if sys.platform != "linux" or platform.machine() not in ("x86_64", "AMD64"):
-        return None
-    found = p2pd_sha256()
-    if found == P2PD_SHA256_LINUX_AMD64:
-        return None
-    return f"the network daemon {daemon_path()} is not hivemind 1.1.12's (SHA-256 {found})"
 
 
 def peer_of(address: str) -> PeerId:
@@ -582,17 +550,3 @@ def _short(error: BaseException) -> str:
 def _abort(writer: asyncio.StreamWriter | None) -> None:
     if writer is not None:
         writer.transport.abort()
-
-
-def _port_is_free(host: str, port: int) -> bool:
-    """Ask the kernel ourselves: libp2p sets SO_REUSEPORT and would share the port silently."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                return False
-            raise
-    return True

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
-from peer.net.libp2p import peer_of, unknown_daemon
+from peer.net.libp2p import peer_of
+from peer.net.p2pd import unknown_daemon
 from protocols.identity import Signer
 
 PEER = Signer(b"s" * 32).peer_id
@@ -35,3 +39,11 @@ def test_what_is_no_address_is_a_value_error(address: str) -> None:
 
 def test_the_daemon_is_the_one_that_we_know() -> None:
     assert unknown_daemon() is None
+
+
+def test_peers_in_memory_need_neither_hivemind_nor_torch() -> None:
+    code = (
+        "import sys, peer.net.memory, dht.memory; "
+        "sys.exit(bool({'hivemind', 'torch'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -10,6 +10,7 @@ import signal
 import socket
 import stat
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -21,6 +22,7 @@ import pytest
 from peer.errors import NetworkError
 from peer.net.framing import FramedStream
 from peer.net.libp2p import Libp2pTransport
+from peer.net.p2pd import sweep_sockets
 from peer.net.transport import Stream, TransportError
 from protocols import limits
 from protocols.errors import LocalProtocolError, RemoteProtocolError
@@ -274,3 +276,5 @@ async def test_a_daemon_does_not_outlive_a_killed_peer(tmp_path: Path) -> None:
     async with asyncio.timeout(5):
         while Path(f"/proc/{daemon}").exists():  # noqa: ASYNC110, ASYNC240
             await asyncio.sleep(0.02)
+    sweep_sockets()  # as the next peer does when it starts
+    assert not list(Path(tempfile.gettempdir()).glob(f"murmuration-{peer.pid}-*"))  # noqa: ASYNC240
