@@ -133,8 +133,9 @@ class Learner(Protocol):
 
     async def snapshot(self) -> tuple[int, Digest, ArrayMap]: ...
 
-    async def load(self, number: int, digest: Digest, arrays: ArrayMap) -> bool:
-        """Take a donor's state; False if it is older than ours or not what its digest says."""
+    async def load(self, number: int, digest: Digest, arrays: ArrayMap, step_back: bool) -> bool:
+        """Take a donor's state; False if it is not what its digest says, or older than ours
+        without leave to `step_back`."""
 
 
 class Driver:
@@ -246,8 +247,8 @@ class Driver:
                 self._start(self._fetch(peer, number, span), f"fetch {number} from {peer}")
             case ApplyRound():
                 self._start(self._apply(effect), f"apply {effect.round}")
-            case FetchState(donor, _):
-                self._start(self._fetch_state(donor), f"state from {donor}")
+            case FetchState(donor, _, step_back):
+                self._start(self._fetch_state(donor, step_back), f"state from {donor}")
             case PublishRecord():
                 self._publish()
             case _:
@@ -431,7 +432,7 @@ class Driver:
             effect.round, facts, held, effect.plan, max(0.0, time.monotonic() - due_s)
         )
 
-    async def _fetch_state(self, donor: PeerId) -> None:
+    async def _fetch_state(self, donor: PeerId, step_back: bool) -> None:
         begun_s = time.monotonic()
         try:
             state = await fetch_state(
@@ -444,7 +445,7 @@ class Driver:
             self.refused(error)
             self.feed(StateFailed(donor, error.reason))
             return
-        if not await self.learner.load(state.round, state.digest, state.arrays):
+        if not await self.learner.load(state.round, state.digest, state.arrays, step_back):
             self.feed(StateFailed(donor, "its state is older than ours, or not what it says"))
             return
         self.emit(ev.StateReceived(donor, state.round, state.bytes, time.monotonic() - begun_s))

@@ -231,9 +231,9 @@ class TrainerLearner:
     async def snapshot(self) -> tuple[int, Digest, ArrayMap]:
         return await self._trainer.run(lambda method: (self.round, self.digest, method.state()))
 
-    async def load(self, number: int, digest: Digest, arrays: ArrayMap) -> bool:
+    async def load(self, number: int, digest: Digest, arrays: ArrayMap, step_back: bool) -> bool:
         def replace(method: Method) -> bool:
-            if number < self.round:
+            if number < self.round and not step_back:
                 return False
             before = method.state()
             try:

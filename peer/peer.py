@@ -125,7 +125,7 @@ class Peer:
         others = [
             {
                 "peer": n.record.peer,
-                "group": n.record.group,
+                "group": n.group,
                 "round": n.round or n.record.round,
                 "ready": n.ready,
                 "suspected": n.suspected,
@@ -491,7 +491,7 @@ class _Keeper:
         outside = {
             n.record.peer
             for n in self._machine.members.everybody()
-            if n.record.group != group and not n.left and not n.suspected
+            if n.group != group and not n.left and not n.suspected
         }
         return tuple(sorted(inside | outside | {self._peer.id}))
 

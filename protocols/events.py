@@ -284,6 +284,8 @@ class FetchState:
 
     donor: PeerId
     round: int
+    step_back: bool = False
+    """Take it even if it has fewer rounds than ours: the majority went another way."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter as Tally
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from protocols import limits
@@ -132,6 +132,7 @@ class GroupMachine:
         self._formed: tuple[GroupName, tuple[PeerId, ...]] = (GroupName(""), ())
         self._agreed = -1
         self._behind_since_s: float | None = None
+        self._apart_since_s: float | None = None
         self._fetch: _Attempt | None = None
         self._fetch_tries = 0
         self._caught: dict[int, tuple[OutcomeHeader, Signed]] = {}
@@ -197,7 +198,7 @@ class GroupMachine:
             case RecordSeen(record):
                 return self._record_seen(record, now_s)
             case RecordIssued():
-                self._record = event
+                return self._record_issued(event)
             case StateReady(number, digest):
                 return self._state_ready(number, digest, now_s)
             case StateFailed(donor, _):
@@ -316,6 +317,19 @@ class GroupMachine:
             return self._greet(record.peer, answer=True)
         return []
 
+    def _record_issued(self, event: RecordIssued) -> list[Effect]:
+        before, self._record = self._record, event
+        if before is None or before.record.group == event.record.group:
+            return []
+        # Those who choose a group right now should know at once where we stand.
+        known = sorted(self.members.everybody(), key=lambda n: -n.heard_s)
+        return [
+            effect
+            for n in known[: 4 * limits.GROUP_MEMBERS_MAX]
+            if not n.left and not n.suspected
+            for effect in self._greet(n.record.peer, answer=False)
+        ]
+
     def _greet(self, peer: PeerId, *, answer: bool) -> list[Effect]:
         if self._record is None:
             return []
@@ -368,17 +382,23 @@ class GroupMachine:
         if not self.group and not self.config.site and not settled:
             return []
         others = [
-            n.record
+            (n.record, n.group)
             for n in self.members.everybody()
             if not n.left and not n.suspected and n.heard_s > 0
         ]
         rtts = {n.record.peer: n.rtt_s for n in self.members.everybody() if n.rtt_s is not None}
-        chosen = choose_group(
-            self.me, self.config.site, self.group, others, rtts, self.config.members_max
+        mine = replace(
+            self._record.record, group=self.group, site=self.config.site, round=self.round
         )
+        chosen = choose_group(mine, others, rtts, self.config.members_max)
+        patient = now_s - self._started_s < 3 * SETTLE_S
+        if chosen is None and patient:
+            return []
+        chosen = chosen or GroupName(f"near:{self.me[-12:]}")
         if chosen == self.group:
             return []
-        self.group, self.epoch, self.current, self._pending = chosen, 0, None, None
+        self.group, self.epoch, self._started_s = chosen, 0, now_s
+        self.current = self.previous = self._pending = None
         return [PublishRecord(chosen)]
 
     def _suspected(self) -> set[PeerId]:
@@ -392,18 +412,16 @@ class GroupMachine:
         coordinates, because it knows that plan.
         """
         live = [n for n in self.members.live(self.group, now_s) if n.ready]
-        top = max([n.round for n in live], default=0)
-        if self.ready:
-            top = max(top, self.round)
-        at_top = self.ready and self.round == top
-        seats = [
-            seat_of(n.record)
-            for n in live
+        if self.ready and not self._outnumbered(live):
             # Whoever stands here with another state is about to heal, or we are.
-            if n.round == top and (not at_top or n.digest == self.digest)
-        ]
-        if at_top and self._record is not None:
-            seats.append(seat_of(self._record.record))
+            seats = [
+                seat_of(n.record) for n in live if n.round == self.round and n.digest == self.digest
+            ]
+            if self._record is not None:
+                seats.append(seat_of(self._record.record))
+        else:
+            top = max([n.round for n in live], default=0)
+            seats = [seat_of(n.record) for n in live if n.round == top]
         latest = self.current or self.previous
         if latest is not None:
             incumbents = [s for s in seats if s.peer in latest.plan.peers]
@@ -411,6 +429,18 @@ class GroupMachine:
         if any(n.epoch > 0 for n in live):
             return [s for s in seats if s.peer != self.me]
         return seats
+
+    def _outnumbered(self, live: list[Neighbour]) -> bool:
+        """Whether those with more rounds than we are at least as many as those at our state.
+
+        One that claims to be ahead does not stop a group that is at work.
+        """
+        ahead = sum(n.ready and n.round > self.round for n in live)
+        return ahead >= self._camp(live)
+
+    def _camp(self, live: list[Neighbour]) -> int:
+        """How many stand at exactly our state, ourselves included."""
+        return 1 + sum(n.ready and n.round == self.round and n.digest == self.digest for n in live)
 
     def _ahead(self, now_s: float) -> list[Neighbour]:
         """Live, ready members whose state has more rounds than ours."""
@@ -570,7 +600,7 @@ class GroupMachine:
         if plan.group != self.group:
             raise RemoteProtocolError(sender, f"plans for group {plan.group}, ours is {self.group}")
         known = self.members.get(sender)
-        if known is None or known.record.group != self.group:
+        if known is None or known.group != self.group:
             raise RemoteProtocolError(sender, "plans for a group that it is not in")
         if sender not in plan.peers:
             raise RemoteProtocolError(sender, "plans a round without itself")
@@ -663,7 +693,8 @@ class GroupMachine:
             return []
         self._fetch.until_s = now_s + RETRY_S / 4
         whole = self._assembled()
-        if event.round == self.round and whole and self.ready:
+        trusted = self._same_history(whole, now_s)
+        if event.round == self.round and whole and self.ready and trusted:
             if self.current is not None and self.current.applying:
                 return []
             plan = self.current.plan if self.current is not None else None
@@ -685,6 +716,22 @@ class GroupMachine:
             edge = header.stop
         return tuple(parts) if edge == self.config.units else ()
 
+    def _same_history(
+        self, outcomes: tuple[tuple[OutcomeHeader, Signed], ...], now_s: float
+    ) -> bool:
+        """Whether fetched outcomes can be those of our own group's round.
+
+        Outcomes of the plan that we follow are. Of a later epoch we can't know, but what a
+        clear minority did by itself while it was cut off is not what the group did.
+        """
+        if self.current is None:
+            return True
+        later = [h for h, _ in outcomes if h.epoch > self.current.plan.epoch]
+        if not later:
+            return True
+        support = max(len(h.contributors) for h in later)
+        return 2 * support > self._camp(self.members.live(self.group, now_s))
+
     def _applied(self, number: int, digest: Digest, now_s: float) -> list[Effect]:
         if number != self.round:
             return []
@@ -705,7 +752,7 @@ class GroupMachine:
     def _moved_to(self, number: int, digest: Digest, now_s: float) -> None:
         self.round, self.digest = number, digest
         self._applied_s = now_s
-        self._behind_since_s = None
+        self._behind_since_s = self._apart_since_s = None
         self._fetch = None
         self._fetch_tries = 0
         self._caught.clear()
@@ -723,7 +770,7 @@ class GroupMachine:
         ahead = self._ahead(now_s)
         if not ahead:
             self._behind_since_s = None
-            return []
+            return self._step_back(now_s)
         if self._behind_since_s is None:
             self._behind_since_s = now_s
         busy = self.current is not None and self.current.applying
@@ -735,6 +782,8 @@ class GroupMachine:
         gap = ahead[0].round - self.round
         if gap > limits.OUTCOME_ROUNDS_KEPT or self._fetch_tries >= FETCH_TRIES_MAX:
             self._fetch_tries = 0
+            if not self._outnumbered(self.members.live(self.group, now_s)):
+                return []  # they are fewer than we: it is they who must come back
             return self._fetch_state(ahead, now_s)
         if self._fetch is not None and now_s < self._fetch.until_s:
             return []
@@ -743,20 +792,40 @@ class GroupMachine:
         self._caught.clear()
         return [FetchOutcomes(source, self.round, None)]
 
+    def _step_back(self, now_s: float) -> list[Effect]:
+        """We have more rounds than a majority that went on without us: theirs count."""
+        live = self.members.live(self.group, now_s)
+        latest = self.current or self.previous
+        ours = set(latest.plan.peers) if latest is not None else set()
+        others = [n for n in live if n.ready and n.round < self.round and n.record.peer not in ours]
+        camps = Tally((n.round, n.digest) for n in others)
+        best = max(camps, key=lambda c: (camps[c], c), default=None)
+        if best is None or camps[best] <= self._camp(live):
+            self._apart_since_s = None
+            return []
+        if self._apart_since_s is None:
+            self._apart_since_s = now_s
+        if now_s - self._apart_since_s < 2 * BEHIND_GRACE_S:
+            return []
+        donors = [n for n in others if (n.round, n.digest) == best]
+        return self._fetch_state(donors, now_s, step_back=True)
+
     def _donors(self, now_s: float) -> list[Neighbour]:
         """Peers with the run's state: our group's first, then those with most history."""
         return sorted(
             (n for n in self.members.everybody() if n.ready and not n.suspected and n.heard_s > 0),
-            key=lambda n: (n.record.group != self.group, -n.round, n.record.peer),
+            key=lambda n: (n.group != self.group, -n.round, n.record.peer),
         )
 
-    def _fetch_state(self, donors: list[Neighbour], now_s: float) -> list[Effect]:
+    def _fetch_state(
+        self, donors: list[Neighbour], now_s: float, *, step_back: bool = False
+    ) -> list[Effect]:
         able = [d for d in donors if self._bad_donors.get(d.record.peer, 0.0) <= now_s]
         if not able:
             return []
         donor = able[0]
         self._state_fetch = _Attempt(donor.record.peer, now_s + 600.0)
-        return [FetchState(donor.record.peer, donor.round)]
+        return [FetchState(donor.record.peer, donor.round, step_back)]
 
     # ── agreement ────────────────────────────────────────────────────────────────────────
     def _check_digests(self, now_s: float) -> list[Effect]:
@@ -768,9 +837,7 @@ class GroupMachine:
         ]
         if not same_round or (self.current is not None and self.current.applying):
             return []
-        behind = any(
-            n.ready and n.round < self.round for n in self.members.live(self.group, now_s)
-        )
+        behind = any(n.ready and n.round < self.round for n in self.members.live(self.group, now_s))
         tally = Tally([self.digest, *(n.digest for n in same_round)])
         if len(tally) == 1:
             peers = tuple(sorted([self.me, *(n.record.peer for n in same_round)]))

@@ -19,37 +19,39 @@ NEAR_RTT_S: Final = 0.030  # within one country or campus; aggregation inside is
 
 
 def choose_group(
-    me: PeerId,
-    site: str,
-    current: GroupName,
-    records: Iterable[PeerRecord],
+    me: PeerRecord,
+    others: Iterable[tuple[PeerRecord, GroupName]],
     rtt_s: Mapping[PeerId, float],
     members_max: int,
-    own: PeerRecord | None = None,
-) -> GroupName:
-    """The group for `me`. `records`: live peers of the run, without `me`; `current`: may be empty.
+) -> GroupName | None:
+    """The group for `me`, or None: wait, somebody nearby is about to found one.
 
-    Stable: a peer that has company keeps its group. `own`: this peer's record as others see it, so
-    that of two lone founders only the younger moves (without it, both would, for ever).
+    `others`: live peers of the run with the group that each stands in by its latest word; empty =
+    still looking. Stable: a peer that has company keeps its group. A peer without moves only to
+    an older group than its own, so two loners can't swap places for ever.
     """
-    if site:
-        return GroupName(f"site:{site}")
+    if me.site:
+        return GroupName(f"site:{me.site}")
     groups: dict[GroupName, list[PeerRecord]] = {}
-    for record in records:
-        if record.group.startswith("near:"):
-            groups.setdefault(record.group, []).append(record)
-    mine = GroupName(f"near:{me[-12:]}")
-    if current and groups.get(current):
-        return current
-    alone = (own.round == 0, own.founded_ms, current) if own is not None and current else None
-    near: list[tuple[bool, int, float, GroupName]] = []
+    looking: list[PeerRecord] = []
+    for record, group in others:
+        if group.startswith("near:"):
+            groups.setdefault(group, []).append(record)
+        elif not group and not record.site and rtt_s.get(record.peer, NEAR_RTT_S) < NEAR_RTT_S:
+            looking.append(record)
+    if me.group and groups.get(me.group):
+        return me.group
+    near: list[tuple[bool, int, GroupName]] = []
     for name, members in groups.items():
         known = [rtt_s[m.peer] for m in members if m.peer in rtt_s]
         if known and median(known) <= NEAR_RTT_S and len(members) < members_max:
             # A group with history first, then the oldest: everybody's order is the same.
             fresh = all(m.round == 0 for m in members)
-            founded_ms = min(m.founded_ms for m in members)
-            if alone is not None and len(members) == 1 and alone < (fresh, founded_ms, name):
-                continue  # that founder comes to us
-            near.append((fresh, founded_ms, median(known), name))
-    return min(near)[3] if near else (current or mine)
+            near.append((fresh, min(m.founded_ms for m in members), name))
+    if me.group:
+        near.append((me.round == 0, me.founded_ms, me.group))
+    if near:
+        return min(near)[2]
+    if any((r.founded_ms, r.peer) < (me.founded_ms, me.peer) for r in looking):
+        return None
+    return GroupName(f"near:{me.peer[-12:]}")

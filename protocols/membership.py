@@ -26,6 +26,8 @@ class Neighbour:
     record: PeerRecord
     seen_s: float
     """When its record was last seen."""
+    group: GroupName = GroupName("")  # noqa: RUF009
+    """Where it stands by its latest word, which may be newer than its record."""
     heard_s: float = float("-inf")
     """When it last said anything itself."""
     hailed_s: float = float("-inf")
@@ -60,11 +62,12 @@ class Membership:
             known.seen_s = now_s
             if record.issued_ms > known.record.issued_ms:
                 known.record = record
+                known.group = record.group
             return False
         if len(self._table) >= limits.KNOWN_PEERS_MAX:
             oldest = min(self._table, key=self._worth)
             del self._table[oldest]
-        self._table[record.peer] = Neighbour(record, now_s)
+        self._table[record.peer] = Neighbour(record, now_s, record.group)
         return True
 
     def _worth(self, peer: PeerId) -> tuple[float, float]:
@@ -86,6 +89,7 @@ class Membership:
         if known is not None:
             known.round, known.digest = beat.round, Digest(beat.digest)
             known.ready, known.epoch = beat.ready, beat.epoch
+            known.group = beat.group
 
     def delivered(self, peer: PeerId, rtt_s: float) -> None:
         known = self._table.get(peer)
@@ -120,7 +124,7 @@ class Membership:
                 del self._table[peer]
                 continue
             silent = now_s - known.heard_s > limits.SUSPECT_AFTER_S
-            if known.record.group == group and known.heard_s > 0 and silent:
+            if known.group == group and known.heard_s > 0 and silent:
                 if not known.suspected:
                     fresh.append(peer)
                 known.suspected = True
@@ -128,7 +132,7 @@ class Membership:
 
     def in_group(self, group: GroupName) -> list[Neighbour]:
         """Everyone who says that it stands in `group`, living or not."""
-        return [n for n in self._table.values() if n.record.group == group and not n.left]
+        return [n for n in self._table.values() if n.group == group and not n.left]
 
     def live(self, group: GroupName, now_s: float) -> list[Neighbour]:
         """Members of `group` that were heard lately and are not suspected."""

@@ -22,6 +22,7 @@ from torch.nn import functional
 from peer.errors import StorageError
 from peer.manifest import InnerSpec
 from peer.train.method import ArrayMap, StepResult
+from peer.train.models import quiet_library
 from tensorcodecs import Layout
 
 Float32 = npt.NDArray[np.float32]
@@ -180,6 +181,7 @@ def save_model(model: torch.nn.Module, folder: Path) -> None:
         state[name] = copies[key]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        model.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
+        with quiet_library():
+            model.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
     except OSError as error:
         raise StorageError(f"can't write {folder} ({error}); free some space there") from None

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import struct
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +105,7 @@ class ProductMean:
                 continue
             total = sum(weight for weight, _ in parts)
             pairs = [(weight / total, adapter.split(values)) for weight, values in parts]
-            (A, B), tail = mean_product(pairs, adapter.r)
+            (A, B), tail = mean_product(pairs)
             values = np.concatenate([A.ravel(), B.ravel()])
             # Hostile factors can be huge and still pass; what comes of them must stay sendable.
             flat = np.clip(values, -VALUE_ABS_MAX, VALUE_ABS_MAX).astype(np.float32)
@@ -186,7 +187,9 @@ def _adapt(model: torch.nn.Module, method: MethodSpec) -> torch.nn.Module:
         bias="none",
     )
     try:
-        return cast("torch.nn.Module", get_peft_model(cast("Any", model), config))
+        with warnings.catch_warnings():  # peft still asks transformers 5 the way of transformers 4
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
+            return cast("torch.nn.Module", get_peft_model(cast("Any", model), config))
     except ValueError as error:
         raise ManifestError(
             f"method.targets: fit no layer of this model ({str(error)[:200]}); correct them"

@@ -30,12 +30,13 @@ _ZERO: Final = 1e-7  # singular values below this share of the largest are float
 _FLOOR: Final = 0.03  # flattest direction allowed in A against its steepest, so that B stays small
 
 
-def mean_product(parts: Sequence[tuple[float, Factors]], rank: int) -> tuple[Factors, float]:
-    """((A, B) of at most `rank`, norm of what was cut) for sum p B A over (p, (A, B)).
+def mean_product(parts: Sequence[tuple[float, Factors]]) -> tuple[Factors, float]:
+    """((A, B), norm of what was cut) for sum p B A over (p, (A, B)), all of one shape.
 
-    `rank` must not exceed m or n. O((m + n) K^2 + K^3) time, O((m + n) K) memory, in float64.
+    The rank must not exceed m or n. O((m + n) K^2 + K^3) time, O((m + n) K) memory, in float64.
     """
     mean_A_rn: Float64 = sum(p * A_rn.astype(np.float64) for p, (A_rn, _) in parts)  # type: ignore[assignment]
+    rank = len(mean_A_rn)
     rows_nK = np.concatenate([A_rn.astype(np.float64).T for _, (A_rn, _) in parts], axis=1)
     columns_mK = np.concatenate([p * B_mr.astype(np.float64) for p, (_, B_mr) in parts], axis=1)
     q_rows, r_rows = np.linalg.qr(rows_nK)

@@ -98,15 +98,32 @@ def load_folder(folder: Path) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
 
     try:
-        return cast(
-            "torch.nn.Module",
-            AutoModelForCausalLM.from_pretrained(
+        with quiet_library():
+            model = AutoModelForCausalLM.from_pretrained(
                 folder, local_files_only=True, use_safetensors=True, trust_remote_code=False,
                 dtype=torch.float32,
-            ),
-        )  # fmt: skip
+            )  # fmt: skip
+        return cast("torch.nn.Module", model)
     except (OSError, ValueError) as error:
-        raise StorageError(f"{folder}: no model there ({error}); name an exported folder") from None
+        raise StorageError(
+            f"{folder}: no model there ({error}); name an exported folder"
+        ) from error
+
+
+@contextmanager
+def quiet_library() -> Iterator[None]:
+    """transformers without progress bars and reports: the terminal belongs to the live view."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def require_asset(assets: Path | None, name: str) -> Path:
@@ -139,14 +156,14 @@ def _from_config(config: Mapping[str, Any]) -> torch.nn.Module:
 
 
 def _load(config: Mapping[str, Any], files: Sequence[Path]) -> torch.nn.Module:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     with _blame_config():
         made = AutoConfig.for_model(**config, use_cache=False)
         model, info = AutoModelForCausalLM.from_pretrained(
             files[0].parent, config=made, local_files_only=True, use_safetensors=True,
             trust_remote_code=False, dtype=torch.float32,
-            output_loading_info=True,
+            output_loading_info=True, generation_config=GenerationConfig.from_model_config(made),
         )  # fmt: skip
     missing = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
     if missing:
@@ -164,13 +181,14 @@ def _blame_config() -> Iterator[None]:
     from safetensors import SafetensorError
 
     try:
-        yield
+        with quiet_library():
+            yield
     except (
         StrictDataclassError, SafetensorError, ValueError, TypeError, LookupError, AttributeError,
         AssertionError, ArithmeticError, RuntimeError, OSError,
     ) as error:  # fmt: skip
         text = " ".join(str(error).split())[:300]
-        raise ManifestError(f"model.config: makes no working model ({text}); correct it") from None
+        raise ManifestError(f"model.config: makes no working model ({text}); correct it") from error
 
 
 def _require_memory(need: int) -> None:

@@ -279,4 +279,3 @@ class Trainer:
             taken = self._snapshot()
             self._stats, self._loss_sum = Stats(), 0.0
             return taken
-

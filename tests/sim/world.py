@@ -312,8 +312,8 @@ class World:
                 self._fetch(peer, effect)
             case ApplyRound():
                 self._apply(peer, effect)
-            case FetchState(donor, _):
-                self._fetch_state(peer, donor)
+            case FetchState(donor, _, step_back):
+                self._fetch_state(peer, donor, step_back)
             case PublishRecord():
                 self._issue_record(peer)
             case PlanAdopted() | GroupFormed() | Suspected() | Agreed() | Differed():
@@ -457,12 +457,12 @@ class World:
 
         self.after(0.05, done)
 
-    def _fetch_state(self, peer: Peer, donor: PeerId) -> None:
+    def _fetch_state(self, peer: Peer, donor: PeerId, step_back: bool) -> None:
         other = self.peers.get(donor)
 
         def arrive() -> None:
             ok = other is not None and self._reaches(peer, other) and not other.frozen
-            behind = other is None or len(other.history) < len(peer.history)
+            behind = other is None or (len(other.history) < len(peer.history) and not step_back)
             if not ok or other is None or behind or not other.machine.ready:
                 self._feed(peer, StateFailed(donor, "gone"))
                 return

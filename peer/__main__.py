@@ -1,0 +1,26 @@
+"""`python -m peer` and `murmuration`: the volunteer's program.
+
+    main(["join", "--via", ADDRESS]) -> exit code
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code (`peer.cli.ending.EXIT_CODES`).
+
+    `argv`: without the program's name; None: this process's own.
+    """
+    from peer.cli.app import app
+    from peer.cli.ending import run_app
+
+    installed = Path(sys.argv[0]).stem == "murmuration"
+    return run_app(app, argv, "murmuration" if installed else "python -m peer")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""Whole peers in one process: driver, exchange, learner and machine over the in-memory network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peer.observe import events as ev
+from tests.peer.swarm import Swarm, swarm
+
+
+def agreed(it: Swarm, names: list[str]) -> None:
+    """Digests of every round that several of them finished are equal."""
+    seen: dict[int, dict[str, str]] = {}
+    for name in names:
+        for r in it.finished(name):
+            seen.setdefault(r.round, {})[name] = r.digest
+    for number, digests in seen.items():
+        assert len(set(digests.values())) == 1, f"round {number}: {digests}"
+
+
+async def test_one_peer_alone_makes_rounds(tmp_path: Path) -> None:
+    async with swarm(tmp_path) as it:
+        await it.start("a")
+        await it.until(lambda: len(it.finished("a")) >= 4)
+        assert it.finished("a")[-1].included == 1.0
+
+
+async def test_peers_that_join_one_after_another_average_and_agree(tmp_path: Path) -> None:
+    async with swarm(tmp_path) as it:
+        await it.start("a")
+        for name in "bcd":
+            await it.start(name, via="a")
+        await it.until(lambda: any(len(r.spans[0].contributors) == 4 for r in it.finished("a")))
+        await it.until(lambda: all(len(it.finished(n)) >= 6 for n in "abcd"))
+        agreed(it, list("abcd"))
+        last = it.finished("b")[-1]
+        assert all(span.coverage == 1.0 for span in last.spans)
+        assert len({span.aggregator for span in last.spans}) == 4
+        losses = [r.validation_loss for r in it.finished("a") if r.validation_loss is not None]
+        assert losses[-1] < losses[0]
+
+
+async def test_a_crashed_peer_costs_no_round_and_its_seat_comes_back(tmp_path: Path) -> None:
+    async with swarm(tmp_path) as it:
+        await it.start("a")
+        for name in "bcd":
+            await it.start(name, via="a")
+        await it.until(lambda: any(len(r.spans[0].contributors) == 4 for r in it.finished("a")))
+        await it.crash("c")
+        before = len(it.finished("a"))
+        await it.until(lambda: len(it.finished("a")) >= before + 3)
+        agreed(it, list("abd"))
+        assert any(isinstance(e, ev.MemberSuspected) for e in it.events["a"])
+
+
+async def test_a_polite_leaver_is_not_waited_for(tmp_path: Path) -> None:
+    async with swarm(tmp_path) as it:
+        await it.start("a")
+        for name in "bc":
+            await it.start(name, via="a")
+        await it.until(lambda: any(len(r.spans[0].contributors) == 3 for r in it.finished("a")))
+        await it.stop("b")
+        before = len(it.finished("a"))
+        await it.until(lambda: len(it.finished("a")) >= before + 2)
+        agreed(it, list("ac"))
+
+
+async def test_a_frozen_peer_delays_a_round_by_less_than_its_deadline(tmp_path: Path) -> None:
+    async with swarm(tmp_path) as it:
+        await it.start("a")
+        for name in "bcd":
+            await it.start(name, via="a")
+        await it.until(lambda: any(len(r.spans[0].contributors) == 4 for r in it.finished("a")))
+        frozen = it.peers["d"].id
+        it.network.freeze(frozen)
+        before = len(it.finished("a"))
+        await it.until(lambda: len(it.finished("a")) >= before + 3)
+        agreed(it, list("abc"))
+        it.network.heal(frozen)
+        await it.until(
+            lambda: (
+                it.peers["d"].round >= it.peers["a"].round - 1 and len(it.peers["d"].members) == 4
+            )
+        )
+        # What it did alone while it was cut off is its own; from here on it is in step again.
+        for name in "abcd":
+            it.forget_rounds(name)
+        await it.until(lambda: all(len(it.finished(n)) >= 3 for n in "abcd"))
+        agreed(it, list("abcd"))
+
+
+async def test_a_restarted_peer_goes_on_from_its_journal(tmp_path: Path) -> None:
+    async with swarm(tmp_path) as it:
+        await it.start("a")
+        await it.until(lambda: len(it.finished("a")) >= 7)
+        await it.crash("a")
+        it.network.heal(it.network_id("a"))
+        await it.start("a")
+        loaded = it.all("a", ev.CheckpointLoaded)[-1]
+        reported = it.finished("a")
+        assert loaded.round >= len(reported)
+
+
+async def test_two_sites_stay_apart(tmp_path: Path) -> None:
+    async with swarm(tmp_path) as it:
+        await it.start("a", site="x")
+        await it.start("b", via="a", site="x")
+        await it.start("c", via="a", site="y")
+        await it.start("d", via="a", site="y")
+        await it.until(lambda: all(len(it.finished(n)) >= 5 for n in "abcd"))
+        agreed(it, ["a", "b"])
+        agreed(it, ["c", "d"])
+        x = {it.peers["a"].id, it.peers["b"].id}
+        assert set(it.finished("a")[-1].spans[0].contributors) <= x
+        assert not x & set(it.finished("c")[-1].spans[0].contributors)
+        await it.crash("a")
+        await it.crash("b")
+        before = len(it.finished("c"))
+        await it.until(lambda: len(it.finished("c")) >= before + 3)

@@ -1,0 +1,111 @@
+"""A method and data small enough for hundreds of rounds a second: least squares in NumPy."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from peer.train.method import ArrayMap, Contribution, Reducer, StepResult
+from tensorcodecs import CHUNK_VALUES, WeightedMean, get_codec
+
+CODEC = get_codec("int8")
+
+
+class ToyContribution:
+    """A frozen difference vector."""
+
+    def __init__(self, delta: npt.NDArray[np.float32], weight: float) -> None:
+        self.weight = weight
+        self._delta = delta
+
+    def encode(self, unit: int) -> bytes:
+        return CODEC.encode(self._delta[unit * CHUNK_VALUES : (unit + 1) * CHUNK_VALUES])
+
+
+class ToyMethod:
+    """Moves a vector towards a target; every peer's target is a little off in its own way."""
+
+    def __init__(self, size: int, seed: int, step_s: float = 0.002) -> None:
+        self.units = -(-size // CHUNK_VALUES)
+        self._theta_N = np.zeros(size, np.float32)
+        self._x_N = self._theta_N.copy()
+        self._pending_N = np.zeros(size, np.float32)
+        rng = np.random.default_rng(seed)
+        common = np.random.default_rng(0).normal(size=size).astype(np.float32)
+        self._target_N = common + rng.normal(size=size).astype(np.float32)
+        self._common_N = common
+        self._tokens = 0
+        self._step_s = step_s
+
+    def step(self, batch: torch.Tensor) -> StepResult:
+        time.sleep(self._step_s)  # a step's work, so that rounds hold a bounded number of them
+        gap_N = self._target_N - self._x_N
+        self._x_N += np.float32(0.01) * gap_N
+        self._tokens += 10
+        return StepResult(float(np.mean(gap_N**2)), 10)
+
+    def contribution(self) -> Contribution:
+        self._pending_N = self._theta_N - self._x_N
+        weight, self._tokens = float(self._tokens), 0
+        return ToyContribution(self._pending_N.copy(), weight)
+
+    def apply(self, outcome: Sequence[bytes], mine: npt.NDArray[np.bool_]) -> None:
+        for unit, payload in enumerate(outcome):
+            if not payload:
+                continue
+            where = slice(unit * CHUNK_VALUES, (unit + 1) * CHUNK_VALUES)
+            mean = np.zeros_like(self._theta_N[where])
+            CODEC.decode_into(payload, mean)
+            self._theta_N[where] -= mean
+            self._x_N[where] -= mean
+            if mine[unit]:
+                self._x_N[where] += self._pending_N[where]
+
+    def reducer(self, start: int, stop: int) -> Reducer:
+        sizes = [
+            min(CHUNK_VALUES, len(self._theta_N) - unit * CHUNK_VALUES)
+            for unit in range(start, stop)
+        ]
+        return WeightedMean(sizes, CODEC, first=start)
+
+    def state(self) -> ArrayMap:
+        return {"theta": self._theta_N.copy()}
+
+    def load_state(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        if arrays["theta"].shape != self._theta_N.shape:
+            raise ValueError("another shape")
+        self._theta_N[:] = arrays["theta"]
+        self._x_N[:] = self._theta_N
+
+    def digest(self) -> bytes:
+        return hashlib.sha256(self._theta_N.tobytes()).digest()
+
+    def inner_state(self) -> ArrayMap:
+        return {}
+
+    def load_inner_state(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        pass
+
+    def evaluate(self, batches: Iterable[torch.Tensor]) -> float:
+        return float(np.mean((self._theta_N - self._common_N) ** 2))
+
+    def export(self, folder: str) -> None:
+        raise ValueError("a toy is no transformers model")
+
+
+class ToyData:
+    """Blocks of one sample each."""
+
+    blocks = 256
+
+    def block(self, index: int, epoch: int) -> list[torch.Tensor]:
+        return [torch.tensor([index, epoch])] * 8
+
+    def validation(self) -> list[torch.Tensor]:
+        return [torch.tensor([0, 0])]
