@@ -1,0 +1,211 @@
+"""One thread trains; the event loop asks between steps and never waits for torch."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from peer.errors import DataError
+from peer.train.method import StepResult
+from peer.train.trainer import Trainer
+
+
+class Toy:
+    """Counts its steps; each takes until `gate` is open."""
+
+    units = 1
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+        self.stepped = threading.Event()
+        self.steps = 0
+        self.fail: Exception | None = None
+        self.thread = threading.current_thread()
+
+    def step(self, batch: torch.Tensor) -> StepResult:
+        assert threading.current_thread() is self.thread
+        self.gate.wait()
+        if self.fail is not None:
+            raise self.fail
+        self.steps += 1
+        self.stepped.set()
+        if self.steps % 2:
+            return StepResult(loss=float(self.steps), tokens=10)
+        return StepResult(loss=float("nan"), tokens=0)
+
+    def contribution(self) -> Any:
+        return self.steps
+
+
+class Batches:
+    def next_batch(self) -> torch.Tensor:
+        return torch.zeros(1, 2, dtype=torch.int64)
+
+    def drain_used(self) -> list[tuple[int, int]]:
+        return [(0, 1)]
+
+
+def _trainer(toy: list[Toy]) -> Trainer:
+    def build() -> tuple[Any, Batches]:
+        toy.append(Toy())
+        return toy[0], Batches()
+
+    return Trainer(build, threads=1)
+
+
+async def _until_stepped(toy: Toy) -> None:
+    toy.stepped.clear()
+    await asyncio.to_thread(toy.stepped.wait, 10)
+
+
+async def test_it_is_built_in_its_thread_and_trains_only_when_told() -> None:
+    toys: list[Toy] = []
+    trainer = _trainer(toys)
+    await trainer.open()
+    toy = toys[0]
+    assert toy.thread is not threading.main_thread()
+    assert await trainer.run(lambda method: method.steps) == 0
+    trainer.start()
+    await _until_stepped(toy)
+    trainer.pause()
+    steps = await trainer.run(lambda method: method.steps)
+    assert await trainer.run(lambda method: method.steps) == steps
+    await trainer.aclose()
+    assert not toy.thread.is_alive()
+
+
+async def test_the_loop_runs_on_while_a_step_takes_long() -> None:
+    toys: list[Toy] = []
+    trainer = _trainer(toys)
+    await trainer.open()
+    toys[0].gate.clear()
+    trainer.start()
+    answer = asyncio.ensure_future(trainer.run(lambda method, add: method.steps + add, 100))
+    for _ in range(50):
+        await asyncio.sleep(0)
+    assert not answer.done()
+    toys[0].gate.set()
+    assert await answer >= 100
+    await trainer.aclose()
+
+
+async def test_a_harvest_tells_of_the_steps_since_the_one_before() -> None:
+    toys: list[Toy] = []
+    trainer = _trainer(toys)
+    await trainer.open()
+    trainer.start()
+    await _until_stepped(toys[0])
+    await _until_stepped(toys[0])
+    trainer.pause()
+    first = await trainer.harvest()
+    total: Any = first.contribution
+    assert first.blocks == [(0, 1)]
+    assert first.stats.steps + first.stats.skipped_steps == total
+    assert first.stats.tokens == 10 * first.stats.steps
+    odd = range(1, total + 1, 2)
+    assert first.stats.loss == pytest.approx(sum(odd) / len(odd))
+    assert first.stats.tokens_per_s > 0
+    again = await trainer.harvest()
+    assert (again.stats.steps, again.stats.tokens) == (0, 0)
+    await trainer.aclose()
+
+
+async def test_standing_still_is_counted_apart_from_work_and_requests() -> None:
+    now = [0.0]
+    toys: list[Toy] = []
+    made = _trainer(toys)
+    trainer = Trainer(made._build, clock=lambda: now[0])
+
+    def busy(method: Any, seconds: float) -> None:
+        now[0] += seconds
+
+    await trainer.open()
+    now[0] += 1000  # before the first start: no waiting
+    await trainer.run(busy, 3.0)
+    assert trainer.stats().waited_s == 0
+    trainer.start()
+    await _until_stepped(toys[0])
+    trainer.pause()
+    await trainer.run(busy, 0.0)
+    waited = trainer.stats().waited_s
+    assert waited == 0
+    await asyncio.to_thread(_until_idle, trainer)
+    now[0] += 5
+    assert trainer.stats().waited_s == 5
+    await trainer.run(busy, 7.0)
+    stats = trainer.stats()
+    assert (stats.waited_s, stats.served_s, stats.trained_s) == (5, 10, 0)
+    await trainer.aclose()
+
+
+def _until_idle(trainer: Trainer) -> None:
+    for _ in range(100_000):
+        with trainer._wake:
+            if trainer._idle_since is not None:
+                return
+    raise AssertionError("the thread never came to rest")
+
+
+async def test_what_a_request_raises_goes_to_whoever_asked_and_training_goes_on() -> None:
+    toys: list[Toy] = []
+    trainer = _trainer(toys)
+    await trainer.open()
+    trainer.start()
+
+    def wrong(method: Any) -> None:
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        await trainer.run(wrong)
+    await _until_stepped(toys[0])
+    await trainer.aclose()
+
+
+async def test_a_step_that_fails_is_told_and_never_silent() -> None:
+    toys: list[Toy] = []
+    trainer = _trainer(toys)
+    await trainer.open()
+    failed = trainer.failed
+    toys[0].fail = DataError("the disk is gone")
+    trainer.start()
+    async with asyncio.timeout(10):
+        with pytest.raises(DataError, match="disk"):
+            await failed
+    with pytest.raises(DataError, match="disk"):
+        await trainer.run(lambda method: 0)
+    await trainer.aclose()
+
+
+async def test_a_build_that_fails_is_told_by_open() -> None:
+    def build() -> Any:
+        raise DataError("nothing to read")
+
+    trainer = Trainer(build)
+    with pytest.raises(DataError, match="nothing"):
+        await trainer.open()
+    await trainer.aclose()
+
+
+async def test_closing_answers_requests_that_still_wait() -> None:
+    toys: list[Toy] = []
+    trainer = _trainer(toys)
+    await trainer.open()
+    toys[0].gate.clear()
+    trainer.start()
+    answer = asyncio.ensure_future(trainer.run(lambda method: 0))
+    await asyncio.sleep(0)
+    closing = asyncio.ensure_future(trainer.aclose())
+    await asyncio.sleep(0)
+    toys[0].gate.set()
+    await closing
+    try:
+        assert await answer == 0  # the thread had not begun its step yet
+    except RuntimeError as error:
+        assert "closed" in str(error)  # noqa: PT017
+    with pytest.raises(RuntimeError, match="closed"):
+        await trainer.run(lambda method: 0)

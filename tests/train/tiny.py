@@ -1,0 +1,74 @@
+"""The smallest runs that are still runs."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+from peer.manifest import (
+    CodecSpec,
+    DataSpec,
+    InnerSpec,
+    Manifest,
+    MethodSpec,
+    ModelSpec,
+    OuterSpec,
+)
+from peer.train import build_method
+from peer.train.flat import FlatMethod, FrozenWork
+
+CONFIG: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 260,
+    "hidden_size": 32,
+    "intermediate_size": 640,  # enough for two units
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+    "bos_token_id": 256,
+    "eos_token_id": 256,
+}
+
+
+def manifest(
+    kind: str = "pretrain", *, lr: float = 0.7, momentum: float = 0.9, codec: str = "fp32"
+) -> Manifest:
+    assert kind in ("pretrain", "lora")
+    return Manifest(
+        name="tiny",
+        model=ModelSpec(config=dict(CONFIG)),
+        data=DataSpec(sequence_length=16, block_samples=4),
+        method=MethodSpec(kind="lora" if kind == "lora" else "pretrain", rank=4),
+        inner=InnerSpec(lr=1e-2, warmup_steps=2, batch_size=4),
+        outer=OuterSpec(lr=lr, momentum=momentum),
+        codec=CodecSpec(name=codec),
+    )
+
+
+def method(kind: str = "pretrain", **changes: Any) -> FlatMethod:
+    return build_method(manifest(kind, **changes), device="cpu", threads=1)
+
+
+def batch(seed: int) -> torch.Tensor:
+    """(4, 16) ids that a model can learn: counting up from a random byte."""
+    rng = random.Random(seed)
+    starts = torch.tensor([[rng.randrange(200)] for _ in range(4)])
+    return starts + torch.arange(16)
+
+
+def reduce(method: FlatMethod, parts: list[FrozenWork]) -> list[bytes]:
+    """What one aggregator of everything would send back."""
+    reducer = method.reducer(0, method.units)
+    for part in parts:
+        for unit in range(method.units):
+            reducer.fold(unit, part.weight, part.encode(unit))
+    return reducer.finish()
+
+
+def everywhere(method: FlatMethod, mine: bool) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    return np.full(method.units, mine)
