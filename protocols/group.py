@@ -140,6 +140,8 @@ class GroupMachine:
         self._bad_donors: dict[PeerId, float] = {}
         self._benched: set[PeerId] = set()
         self._regroup_s = now_s
+        self._idle = False
+        """Whether the event at hand changes nothing that could call for action."""
 
     # ── the outside ──────────────────────────────────────────────────────────────────────
     @property
@@ -178,8 +180,9 @@ class GroupMachine:
         Raises:
             RemoteProtocolError: a peer broke the rules; nothing changed.
         """
+        self._idle = False
         effects = self._dispatch(event, now_s)
-        if not self.leaving:
+        if not self.leaving and not self._idle:
             effects += self._advance(now_s)
         return effects
 
@@ -192,6 +195,7 @@ class GroupMachine:
                 return self._received(sender, message, now_s)
             case Delivered(peer, rtt_s):
                 self.members.delivered(peer, rtt_s)
+                self._idle = True
             case Undelivered(peer, reason):
                 if self.members.undelivered(peer):
                     return [Suspected(peer, reason)]
@@ -260,8 +264,7 @@ class GroupMachine:
             case Heartbeat():
                 self._own_run(sender, message.run)
                 unknown = self.members.get(sender) is None
-                self.members.heard(sender, now_s)
-                self.members.heartbeat(sender, message)
+                self._idle = not self.members.heartbeat(sender, message, now_s) and not unknown
                 if message.group == self.group:
                     self.epoch = max(self.epoch, min(message.epoch, self.epoch + 2**20))
                 return self._greet(sender, answer=True) if unknown else []

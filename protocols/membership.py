@@ -84,12 +84,19 @@ class Membership:
             known.suspected = False
             known.left = False
 
-    def heartbeat(self, peer: PeerId, beat: Heartbeat) -> None:
+    def heartbeat(self, peer: PeerId, beat: Heartbeat, now_s: float) -> bool:
+        """Note where `peer` stands; False if that is nothing new."""
         known = self._table.get(peer)
-        if known is not None:
-            known.round, known.digest = beat.round, Digest(beat.digest)
-            known.ready, known.epoch = beat.ready, beat.epoch
-            known.group = beat.group
+        if known is None:
+            return False
+        before = (known.group, known.round, known.digest, known.ready, known.epoch)
+        back = known.suspected or known.left or known.heard_s < 0
+        self.heard(peer, now_s)
+        known.round, known.digest = beat.round, Digest(beat.digest)
+        known.ready, known.epoch = beat.ready, beat.epoch
+        known.group = beat.group
+        after = (known.group, known.round, known.digest, known.ready, known.epoch)
+        return back or before != after
 
     def delivered(self, peer: PeerId, rtt_s: float) -> None:
         known = self._table.get(peer)
