@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -137,6 +138,13 @@ def test_a_saved_page_says_what_was_run_where_and_what_came_out(
     assert r"| a\|b | 1.23 |" in page
 
 
+def test_a_quick_result_is_not_for_the_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = install(monkeypatch, Fake(KEPT))
+    with pytest.raises(SystemExit, match="2"):
+        main(["fake", "--quick", "--save"])
+    assert fake.asked == []
+
+
 def test_what_was_not_measured_does_not_hold() -> None:
     assert not Bar.at_most("x", None, 1.0, "").holds
     assert not Bar.at_most("x", float("nan"), 1.0, "").holds
@@ -257,7 +265,7 @@ def test_a_worker_that_does_not_answer_is_not_waited_for() -> None:
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_workers_do_not_outlive_a_bench_that_is_ended(how: signal.Signals) -> None:
+def test_workers_do_not_outlive_a_bench_that_is_ended(how: signal.Signals, tmp_path: Path) -> None:
     script = """
 import sys
 from tests.bench import registry
@@ -280,6 +288,7 @@ sys.exit(main(["endless"]))
         stderr=subprocess.DEVNULL,
         text=True,
         cwd=machine.ROOT,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
     )
     assert bench.stdout is not None
     family = bench.stdout.readline().strip()

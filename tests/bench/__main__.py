@@ -25,7 +25,10 @@ _WIDTH: Final = 120
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what the command line asks for; see the module's docstring for the exit codes."""
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.quick and options.save:
+        parser.error("a --quick result is not for the record; leave out --quick or --save")
     errors = Console(stderr=True, highlight=False)
     if options.name is None:
         for name in registry.MEASUREMENTS:
@@ -38,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     measurement, title = registry.load(options.name), registry.title(options.name)
     seed = secrets.randbits(32) if options.seed is None else options.seed
     command = f"python -m tests.bench {options.name} --seed {seed}"
-    command += " --quick" * options.quick + " --save" * options.save
+    command += " --quick" * options.quick or " --save" * options.save
     errors.print(command, soft_wrap=True)
     facts = machine.describe()
     try:

@@ -10,13 +10,15 @@ round, in every peer at once:
 
 To plug a system in, write its worker (`averaging_hivemind` is one; `serve_async` is there for
 event loops) and name it in `_SYSTEMS`; it is measured as soon as its module exists.
-`start(index, size, via, numel, seed)` answers `{"addresses": [...]}`, `prepare(number)` and
-`gather(number)` answer `{}`, `average(number)` answers `{"failure": None or why}`,
-`verify(number)` answers `tensors.check(...).facts()`; `number` is the round's.
+`start(index, size, via, numel, seed)` answers `{"addresses": [...]}`, `gather(number)` and
+`average(number)` answer `{"failure": None or why}`, `verify(number)` answers
+`tensors.check(...).facts()`, `prepare(number)` and `cancel(number)` (when another peer's `gather`
+failed: drop the round) answer `{}`; `number` is the round's.
 """
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -57,18 +59,27 @@ class _Round:
 
     round: int
     gather: Took
-    average: Took
+    average: Took | None
+    """None if it never came to that."""
     checks: list[Check]
     failure: str
     """Why its result can't be used; empty if every peer has the true mean."""
 
     @property
     def error(self) -> float:
-        return max(check.error for check in self.checks)
+        return max((check.error for check in self.checks), default=math.inf)
 
     @property
     def identical(self) -> bool:
         return len({check.digest for check in self.checks}) == 1
+
+    @property
+    def seconds(self) -> float:
+        return self.average.seconds if self.average else math.nan
+
+    @property
+    def cpu_s(self) -> float:
+        return self.average.cpu_s if self.average else math.nan
 
 
 def run(quick: bool, seed: int, progress: Progress) -> Result:
@@ -102,16 +113,25 @@ def run(quick: bool, seed: int, progress: Progress) -> Result:
 def _play(fleet: Fleet, round_: int) -> _Round:
     fleet.ask("prepare", _STEP_TIMEOUT_S, number=round_)
     gather = fleet.timed("gather", _STEP_TIMEOUT_S, number=round_)
+    if lost := _failures(gather):
+        fleet.ask("cancel", _STEP_TIMEOUT_S, number=round_)
+        return _Round(round_, gather, None, [], lost)
     average = fleet.timed("average", _STEP_TIMEOUT_S, number=round_)
     checks = [Check(**facts) for facts in fleet.ask("verify", _STEP_TIMEOUT_S, number=round_)]
-    failures = [reply["failure"] for reply in average.replies if reply["failure"]]
-    if not failures:
-        failures = [
-            f"peer {index} was told of success and holds no mean (error {check.error:.2g})"
-            for index, check in enumerate(checks)
-            if not check.error <= _ERROR_MAX
-        ]
-    return _Round(round_, gather, average, checks, "; ".join(failures))
+    unaware = [
+        f"peer {index} was told of success and holds no mean (error {check.error:.2g})"
+        for index, check in enumerate(checks)
+        if not check.error <= _ERROR_MAX
+    ]
+    return _Round(round_, gather, average, checks, _failures(average) or "; ".join(unaware))
+
+
+def _failures(took: Took) -> str:
+    return "; ".join(
+        f"peer {index}: {reply['failure']}"
+        for index, reply in enumerate(took.replies)
+        if reply["failure"]
+    )
 
 
 def _good(done: list[_Round], scale: _Scale) -> list[_Round]:
@@ -127,18 +147,19 @@ def _rows(name: str, done: list[_Round], scale: _Scale) -> list[dict[str, Cell]]
 
 def _row(name: str, label: str, rounds: list[_Round]) -> dict[str, Cell]:
     checks = [check for one in rounds for check in one.checks]
+    averages = [one.average for one in rounds if one.average]
     return {
         "system": name,
         "round": label + " (wrong)" * any(one.failure for one in rounds),
-        "s": median(one.average.seconds for one in rounds),
-        "CPU-s": median(one.average.cpu_s for one in rounds),
-        "s, all": median(one.gather.seconds + one.average.seconds for one in rounds),
-        "CPU-s, all": median(one.gather.cpu_s + one.average.cpu_s for one in rounds),
-        "error": max(check.error for check in checks),
-        "of mean": max(check.error_of_mean for check in checks),
-        "worst": max(check.error_max for check in checks),
+        "s": median(one.seconds for one in rounds),
+        "CPU-s": median(one.cpu_s for one in rounds),
+        "s, all": median(one.gather.seconds + one.seconds for one in rounds),
+        "CPU-s, all": median(one.gather.cpu_s + one.cpu_s for one in rounds),
+        "error": max((check.error for check in checks), default=None),
+        "of mean": max((check.error_of_mean for check in checks), default=None),
+        "worst": max((check.error_max for check in checks), default=None),
         "same bits": "yes" if all(one.identical for one in rounds) else "no",
-        "others": f"{median(one.average.others for one in rounds):.0%}",
+        "others": f"{median(took.others for took in averages):.0%}" if averages else None,
     }
 
 
@@ -150,10 +171,8 @@ def _bars(played: dict[str, list[_Round]], scale: _Scale) -> list[Bar]:
     ratios: list[float | None] = [None, None]
     if good and reference:
         ratios = [
-            median(one.average.seconds for one in good)
-            / median(one.average.seconds for one in reference),
-            median(one.average.cpu_s for one in good)
-            / median(one.average.cpu_s for one in reference),
+            median(one.seconds for one in good) / median(one.seconds for one in reference),
+            median(one.cpu_s for one in good) / median(one.cpu_s for one in reference),
         ]
     counted = [one for one in ours if one.round >= scale.warm_up]
     return [
@@ -208,8 +227,8 @@ def _notes(played: dict[str, list[_Round]], scale: _Scale, seed: int) -> list[st
 
 def _story(name: str, one: _Round, *, warm_up: bool) -> str:
     story = (
-        f"{name} round {one.round}{' (warm-up)' * warm_up}: {one.average.seconds:.2f} s and "
-        f"{one.average.cpu_s:.2f} CPU-s after {one.gather.seconds:.2f} s of gathering, "
+        f"{name} round {one.round}{' (warm-up)' * warm_up}: {one.seconds:.2f} s and "
+        f"{one.cpu_s:.2f} CPU-s after {one.gather.seconds:.2f} s of gathering, "
         f"error {one.error:.1e}"
     )
     return f"{story}; {one.failure}" if one.failure else story

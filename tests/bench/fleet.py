@@ -71,7 +71,13 @@ class _Worker:
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 cwd=ROOT,
-                env={**os.environ, **_ONE_THREAD, "PYTHONPATH": path, processes.MARK: family},
+                env={
+                    **os.environ,
+                    **_ONE_THREAD,
+                    processes.MARK: family,
+                    "PYTHONPATH": path,
+                    "TMPDIR": str(log.parent),  # removed with the fleet
+                },
                 start_new_session=True,  # a terminal's Ctrl-C is for the bench alone
             )
         self._answers: queue.SimpleQueue[tuple[float, bytes]] = queue.SimpleQueue()
@@ -130,11 +136,11 @@ class Fleet:
         self._workers: list[_Worker] = []
 
     def __enter__(self) -> Self:
-        self._logs = tempfile.TemporaryDirectory(prefix="bench-")
+        self._folder = tempfile.TemporaryDirectory(prefix="bench-")
         try:
             for index in range(self._size):
                 name = f"{self._name}-{index}"
-                log = Path(self._logs.name, f"{name}.log")
+                log = Path(self._folder.name, f"{name}.log")
                 self._workers.append(_Worker(name, self.family, self._command, log))
         except BaseException:
             self._end()
@@ -201,7 +207,7 @@ class Fleet:
         left = processes.kill_family(self.family)
         for worker in self._workers:
             worker.close()
-        self._logs.cleanup()
+        self._folder.cleanup()
         if left:
             raise FleetError(f"these processes could not be killed: {left}; look at them with ps")
 

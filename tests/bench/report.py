@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
@@ -14,8 +15,12 @@ from tests.bench.result import Bar, Cell, Result
 
 
 def to_json(result: Result) -> str:
-    """`[{"bar", "value", "must", "holds", "reference"}]`, nothing else."""
-    return json.dumps([asdict(bar) for bar in result.bars], indent=2)
+    """`[{"bar", "value", "must", "holds", "reference"}]`, nothing else; null is "not measured"."""
+    bars = [asdict(bar) for bar in result.bars]
+    for bar in bars:
+        if bar["value"] is not None and not math.isfinite(bar["value"]):
+            bar["value"] = None  # JSON has no word for it
+    return json.dumps(bars, indent=2)
 
 
 def show(title: str, result: Result, console: Console) -> None:
@@ -55,7 +60,7 @@ def _columns(rows: Sequence[Mapping[str, Cell]]) -> list[str]:
 
 
 def _cell(cell: Cell) -> str:
-    if cell is None:
+    if cell is None or cell != cell:  # NaN
         return "-"
     return f"{cell:.3g}" if isinstance(cell, float) else str(cell)
 

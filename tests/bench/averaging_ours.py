@@ -1,0 +1,224 @@
+"""Our side: one peer of the product's own machine, driver, exchange, codec and libp2p network.
+
+Only training is missing: the contribution is the tensor of the round, and applying an outcome
+writes the mean into memory. `gather` ends when a plan with all peers is in force and contributions
+are due; `average` releases the contribution and ends when the round is applied. The state's digest
+is that of the outcomes, so digests agree exactly if all peers applied the same bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+import uvloop
+
+from peer.config import PeerConfig
+from peer.driver import AppliedFacts, Driver, Taken
+from peer.exchange import NO, Exchange, Outcome, refuse
+from peer.net.network import open_libp2p
+from peer.net.transport import Stream
+from peer.observe import events as ev
+from peer.train.method import ArrayMap
+from peer.transfer import TensorNote
+from protocols import limits
+from protocols.events import RecordIssued, RecordSeen, StateReady
+from protocols.group import GroupConfig, GroupMachine
+from protocols.identity import Signer
+from protocols.messages import AssetQuery, Plan
+from protocols.records import PeerRecord, sign_record
+from protocols.types import Digest, RunId
+from tensorcodecs import CHUNK_VALUES, WeightedMean, get_codec
+from tests.bench.tensors import Float32, check, contribution
+from tests.bench.worker import Reply, serve_async
+
+_CODEC: Final = get_codec("int8")
+_RUN: Final = RunId("be" * 32)
+_ROUND_S: Final = 0.3
+_EXCHANGE_S: Final = 120.0
+_POLL_S: Final = 0.002
+_BATCH: Final = 16
+
+
+class _Tensor:
+    """A contribution that is the tensor itself."""
+
+    weight = 1.0
+
+    def __init__(self, values: Float32) -> None:
+        self._values = values
+
+    def encode(self, unit: int) -> bytes:
+        return _CODEC.encode(self._values[unit * CHUNK_VALUES : (unit + 1) * CHUNK_VALUES])
+
+
+class _Empty(_Tensor):
+    """Takes part in a round that formed before everybody was there."""
+
+    weight = 0.0
+
+
+class _Vector:
+    """`driver.Learner` whose state is the mean of the last round."""
+
+    tensors: tuple[TensorNote, ...] = ()
+
+    def __init__(self, numel: int) -> None:
+        self.round = 0
+        self.digest = Digest(hashlib.sha256(b"start").digest())
+        self.values = np.empty(numel, np.float32)
+        self.mean = np.empty(numel, np.float32)
+        self.taking = False
+        self.go = asyncio.Event()
+        self.everybody = False
+
+    async def take(self, number: int) -> Taken:
+        if not self.everybody:
+            return Taken(_Empty(self.values), 0.0, 0, [])
+        self.taking = True
+        await self.go.wait()
+        self.go.clear()
+        self.taking = False
+        return Taken(_Tensor(self.values), 0.0, 1, [])
+
+    async def apply(
+        self, number: int, outcomes: list[Outcome], plan: Plan | None
+    ) -> AppliedFacts | None:
+        units = [unit for outcome in outcomes for unit in outcome.units]
+        for first in range(0, len(units), _BATCH):
+            await asyncio.to_thread(self._decode, first, units[first : first + _BATCH])
+        total = hashlib.sha256(self.digest)
+        for outcome in outcomes:
+            total.update(outcome.header.content)
+        self.digest = Digest(total.digest())
+        self.round = number + 1
+        return AppliedFacts(self.digest, 1.0)
+
+    def _decode(self, first: int, units: list[bytes]) -> None:
+        for unit, payload in enumerate(units, first):
+            if payload:
+                where = self.mean[unit * CHUNK_VALUES : (unit + 1) * CHUNK_VALUES]
+                _CODEC.decode_into(payload, where)
+
+    async def snapshot(self) -> tuple[int, Digest, ArrayMap]:
+        return self.round, self.digest, {}
+
+    async def load(self, number: int, digest: Digest, arrays: ArrayMap, step_back: bool) -> bool:
+        self.round, self.digest = number, digest
+        return True
+
+
+class Murmurer:
+    """The command handlers; see `tests.bench.averaging` for what each must do."""
+
+    async def start(self, *, index: int, size: int, via: list[str], numel: int, seed: int) -> Reply:
+        self._index, self._size, self._seed = index, size, seed
+        self._learner = _Vector(numel)
+        self._events: list[ev.Event] = []
+        signer = Signer(hashlib.sha256(f"{seed}/{index}".encode()).digest())
+        config = PeerConfig(host="127.0.0.1")
+        folder = Path(tempfile.mkdtemp())
+        self._net = await open_libp2p(config, folder, signer, self._note)
+        units = -(-numel // CHUNK_VALUES)
+        self._machine = GroupMachine(
+            signer.peer_id,
+            GroupConfig(
+                run=_RUN, units=units, site="bench", aggregators_max=size,
+                round_s=_ROUND_S, exchange_s=_EXCHANGE_S,
+            ),
+            time.monotonic(),
+        )  # fmt: skip
+
+        def reducer(start: int, stop: int) -> WeightedMean:
+            sizes = [min(CHUNK_VALUES, numel - unit * CHUNK_VALUES) for unit in range(start, stop)]
+            return WeightedMean(sizes, _CODEC, first=start)
+
+        async def no_assets(stream: Stream, _: AssetQuery) -> None:
+            await refuse(stream, NO, "no files here")
+
+        self._driver = Driver(
+            self._machine, self._net.transport, signer,
+            Exchange(self._net.transport, signer, reducer), self._learner, self._note,
+            publish=self._publish, serve_asset=no_assets, on_plan=self._planned,
+        )  # fmt: skip
+        self._signer = signer
+        self._publish()
+        self._task = asyncio.create_task(self._driver.run())
+        for address in via:
+            peer = await self._net.transport.connect(address, 10.0)
+            await self._net.directory.join([peer])
+        self._meeting = asyncio.create_task(self._meet())
+        return {"addresses": self._net.transport.addresses()}
+
+    def _note(self, event: ev.Event) -> None:
+        if isinstance(event, ev.PeerRefused | ev.DigestDiffered):
+            self._events.append(event)
+
+    def _planned(self, plan: Plan) -> None:
+        self._learner.everybody = len(plan.roster) == self._size
+
+    def _publish(self) -> None:
+        now_ms = int(time.time() * 1000)
+        record = PeerRecord(
+            self._signer.peer_id, _RUN, self._machine.group, "bench",
+            tuple(self._net.transport.addresses()[: limits.ADDRESSES_MAX]), 100_000, True, 0,
+            self._index, now_ms, now_ms + 3_600_000,
+        )  # fmt: skip
+        self._signed = sign_record(self._signer, record)
+        self._driver.feed(RecordIssued(self._signed, record))
+
+    async def _meet(self) -> None:
+        """Find the others in the DHT, as any peer does."""
+        while len(self._machine.live_members(time.monotonic())) < self._size:
+            await self._net.directory.publish_record(self._signed)
+            for record in await self._net.directory.members(_RUN):
+                if record.peer != self._signer.peer_id:
+                    self._net.transport.remember(record.peer, record.addresses)
+                    self._driver.feed(RecordSeen(record))
+            await asyncio.sleep(0.3)
+
+    async def prepare(self, *, number: int) -> Reply:
+        await asyncio.to_thread(contribution, self._seed, number, self._index, self._learner.values)
+        return {}
+
+    async def gather(self, *, number: int) -> Reply:
+        await self._meeting
+        if not self._machine.ready:
+            self._driver.feed(StateReady(self._learner.round, self._learner.digest))
+        while not self._learner.taking:
+            await asyncio.sleep(_POLL_S)
+        return {}
+
+    async def average(self, *, number: int) -> Reply:
+        before = self._learner.round
+        self._learner.go.set()
+        while self._learner.round == before:
+            await asyncio.sleep(_POLL_S)
+        return {"failure": None}
+
+    async def verify(self, *, number: int) -> Reply:
+        found = await asyncio.to_thread(check, self._seed, number, self._size, self._learner.mean)
+        return found.facts()
+
+
+async def main() -> None:
+    peer = Murmurer()
+    handlers: dict[str, Any] = {
+        "start": peer.start,
+        "prepare": peer.prepare,
+        "gather": peer.gather,
+        "average": peer.average,
+        "verify": peer.verify,
+    }
+    await serve_async(handlers)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    uvloop.run(main())
