@@ -42,7 +42,6 @@ _CODEC: Final = get_codec("int8")
 _RUN: Final = RunId("be" * 32)
 _ROUND_S: Final = 0.3
 _EXCHANGE_S: Final = 120.0
-_POLL_S: Final = 0.002
 _BATCH: Final = 16
 
 
@@ -74,17 +73,18 @@ class _Vector:
         self.digest = Digest(hashlib.sha256(b"start").digest())
         self.values = np.empty(numel, np.float32)
         self.mean = np.empty(numel, np.float32)
-        self.taking = False
+        self.due = asyncio.Event()
         self.go = asyncio.Event()
+        self.applied = asyncio.Event()
         self.everybody = False
 
     async def take(self, number: int) -> Taken:
         if not self.everybody:
             return Taken(_Empty(self.values), 0.0, 0, [])
-        self.taking = True
+        self.due.set()
         await self.go.wait()
         self.go.clear()
-        self.taking = False
+        self.due.clear()
         return Taken(_Tensor(self.values), 0.0, 1, [])
 
     async def apply(
@@ -98,6 +98,7 @@ class _Vector:
             total.update(outcome.header.content)
         self.digest = Digest(total.digest())
         self.round = number + 1
+        self.applied.set()
         return AppliedFacts(self.digest, 1.0)
 
     def _decode(self, first: int, units: list[bytes]) -> None:
@@ -191,15 +192,13 @@ class Murmurer:
         await self._meeting
         if not self._machine.ready:
             self._driver.feed(StateReady(self._learner.round, self._learner.digest))
-        while not self._learner.taking:
-            await asyncio.sleep(_POLL_S)
-        return {}
+        await self._learner.due.wait()
+        return {"failure": None}
 
     async def average(self, *, number: int) -> Reply:
-        before = self._learner.round
+        self._learner.applied.clear()
         self._learner.go.set()
-        while self._learner.round == before:
-            await asyncio.sleep(_POLL_S)
+        await self._learner.applied.wait()
         return {"failure": None}
 
     async def verify(self, *, number: int) -> Reply:
