@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
@@ -103,10 +104,26 @@ def test_a_record_that_is_stored_again_keeps_its_peer_known(table: Membership) -
     assert table.get(peer(1)) is not None
 
 
+def test_a_heartbeat_says_where_a_peer_stands_and_whether_that_is_news(table: Membership) -> None:
+    beat = Heartbeat(RUN, GROUP, 4, 9, b"d" * 32, True, 0)
+    assert table.heartbeat(peer(1), beat, 101.0)
+    known = table.get(peer(1))
+    assert known is not None
+    assert (known.epoch, known.round, known.digest, known.ready) == (4, 9, b"d" * 32, True)
+    assert not table.heartbeat(peer(1), beat, 102.0)
+    assert known.heard_s == 102.0, "no news is a sign of life too"
+    table.said_goodbye(peer(1))
+    assert table.heartbeat(peer(1), beat, 103.0), "it is back"
+    assert live(table, 103.1) == [peer(1)]
+    assert table.heartbeat(peer(1), dataclasses.replace(beat, group=ELSEWHERE), 104.0)
+    assert live(table, 104.1) == []
+    assert [n.record.peer for n in table.in_group(ELSEWHERE)] == [peer(1)]
+
+
 def test_strangers_leave_no_trace(table: Membership) -> None:
     beat = Heartbeat(RUN, GROUP, 1, 1, b"", True, 0)
     table.heard(peer(9), 100.0)
-    table.heartbeat(peer(9), beat)
+    assert not table.heartbeat(peer(9), beat, 100.0)
     table.delivered(peer(9), 0.1)
     table.said_goodbye(peer(9))
     assert not table.undelivered(peer(9))
