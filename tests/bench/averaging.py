@@ -11,9 +11,9 @@ round, in every peer at once:
 To plug a system in, write its worker (`averaging_hivemind` is one; `serve_async` is there for
 event loops) and name it in `_SYSTEMS`; it is measured as soon as its module exists.
 `start(index, size, via, numel, seed)` answers `{"addresses": [...]}`, `gather(number)` and
-`average(number)` answer `{"failure": None or why}`, `verify(number)` answers
-`tensors.check(...).facts()`, `prepare(number)` and `cancel(number)` (when another peer's `gather`
-failed: drop the round) answer `{}`; `number` is the round's.
+`average(number)` answer `{}` or `{"failure": why}`, `verify(number)` answers
+`tensors.check(...).facts()`, `prepare(number)` and `cancel(number)` (some peer's `gather` failed:
+drop the round) answer `{}`; `number` is the round's.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def _failures(took: Took) -> str:
     return "; ".join(
         f"peer {index}: {reply['failure']}"
         for index, reply in enumerate(took.replies)
-        if reply["failure"]
+        if reply.get("failure")
     )
 
 
