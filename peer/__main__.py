@@ -1,7 +1,4 @@
-"""`python -m peer` and `murmuration`: the volunteer's program.
-
-    main(["join", "--via", ADDRESS]) -> exit code
-"""
+"""`python -m peer` and `murmuration`: the volunteer's program."""
 
 from __future__ import annotations
 
@@ -15,9 +12,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     `argv`: without the program's name; None: this process's own.
     """
-    from peer.cli.app import app
-    from peer.cli.ending import run_app
-
+    try:
+        from peer.cli.app import app
+        from peer.cli.ending import run_app
+    except KeyboardInterrupt:  # typed before anything was loaded
+        return 130
     installed = Path(sys.argv[0]).stem == "murmuration"
     return run_app(app, argv, "murmuration" if installed else "python -m peer")
 

@@ -39,12 +39,12 @@ def run_app(app: Callable[..., Any], argv: Sequence[str] | None, name: str) -> i
     except BrokenPipeError:
         return BUG
     except BaseException as error:  # the outermost place: whatever it is, it is explained here
-        return explain(error, f"{name} --help")
+        return explain(error, name)
     return code if isinstance(code, int) else 0
 
 
-def explain(error: BaseException, help_command: str = "") -> int:
-    """Say on stderr what went wrong, and return the exit code for it."""
+def explain(error: BaseException, name: str) -> int:
+    """Say on stderr what went wrong in the program called `name`, and return its exit code."""
     causes = list(_causes(error))
     if any(isinstance(cause, KeyboardInterrupt) for cause in causes):
         return INTERRUPTED
@@ -55,7 +55,7 @@ def explain(error: BaseException, help_command: str = "") -> int:
         if isinstance(cause, PeerError):
             lines.setdefault(_one_line(str(cause)), cause.exit_code)
         elif usage is not None:
-            lines.setdefault(f"{_one_line(usage()).rstrip('.')}; see {help_command}", 2)
+            lines.setdefault(f"{_one_line(usage())} ({_help(cause, name)})", 2)
         else:
             traceback.print_exception(error)
             say("error: this is a bug; please report it with what is above")
@@ -79,6 +79,11 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
             yield from _causes(inner)
     else:
         yield error
+
+
+def _help(error: BaseException, name: str) -> str:
+    context = getattr(error, "ctx", None)
+    return f"see {getattr(context, 'command_path', name)} --help"
 
 
 def _one_line(text: str) -> str:

@@ -91,9 +91,9 @@ class JoinOptions:
             metavar="RATE", show_default="as fast as the line goes",
         ),
     ] = None  # fmt: skip
-    host: Annotated[
-        str, _option("--host", _NETWORK, "Address to listen on.", metavar="ADDR")
-    ] = "0.0.0.0"
+    host: Annotated[str, _option("--host", _NETWORK, "Address to listen on.", metavar="ADDR")] = (
+        "0.0.0.0"
+    )
     port: Annotated[
         int,
         _option(

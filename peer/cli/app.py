@@ -1,0 +1,150 @@
+"""The commands and their help. Each imports what it needs when it is called, and no earlier."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+from typer.core import TyperGroup
+
+from peer.cli.ending import EXIT_CODES
+from peer.cli.options import Format, Home, JoinOptions, Output, Prefix, SeatName, WhichSeat, takes
+from peer.cli.run import Kind
+
+_EXAMPLES: Final = (
+    ("join", "train with whoever is there, or begin alone"),
+    ("join --via ADDRESS", "ADDRESS: what another peer printed"),
+    ("status", "what it is doing now"),
+    ('sample "def main"', "what the model says so far"),
+    ("leave", "politely; a join later goes on from there"),
+)
+
+
+class _Teaching(TyperGroup):
+    """Help that goes on with examples and exit codes; typer's own epilog folds lines together."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        super().format_help(ctx, formatter)
+        lines = ["Examples", *(f"  {ctx.command_path} {do:<20}{why}" for do, why in _EXAMPLES)]
+        lines += ["", "Exit codes", *(f"{code:>5}  {what}" for code, what in EXIT_CODES)]
+        typer.echo("\n".join(f" {line}".rstrip() for line in lines))
+
+
+app = typer.Typer(
+    cls=_Teaching,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Train a language model together with others, over the internet, with nobody in charge.",
+)
+runs = typer.Typer(help="Write, check and start a run of your own.", rich_markup_mode="rich")
+
+File = Annotated[Path, typer.Argument(metavar="FILE.toml", help="The run's manifest.")]
+
+
+@app.command(
+    rich_help_panel="Take part",
+    epilog="python -m peer join --via /ip4/203.0.113.7/tcp/31337/p2p/12D3KooW...\n\n"
+    "python -m peer join --site lab --upload 20mbit\n\n"
+    "The first Ctrl-C leaves politely, the second at once.",
+)
+@takes(JoinOptions)
+def join(options: JoinOptions) -> int:
+    """Join a run and train; with nobody there, begin the default run."""
+    from peer.cli.join import join
+
+    return join(options)
+
+
+@app.command(rich_help_panel="Take part")
+def leave(
+    home: Home = None,
+    seat: WhichSeat = None,
+    everyone: Annotated[bool, typer.Option("--all", help="All that run here.")] = False,
+) -> int:
+    """Ask the running peer to save, say goodbye and end."""
+    from peer.cli.status import leave
+
+    return leave(home, seat, everyone)
+
+
+@app.command(rich_help_panel="Look")
+def status(home: Home = None, seat: WhichSeat = None, output: Output = Format.text) -> int:
+    """Show what the running peers do, and what they see of the network."""
+    from peer.cli.status import status
+
+    return status(home, seat, output is Format.json)
+
+
+@app.command(rich_help_panel="Look")
+def identity(home: Home = None, seat: SeatName = None, output: Output = Format.text) -> int:
+    """Show who this machine's peers are; make an identity if there is none."""
+    from peer.cli.status import identity
+
+    return identity(home, seat, output is Format.json)
+
+
+@app.command(rich_help_panel="Use the model")
+def sample(
+    text: Annotated[str, typer.Argument(help="What the model goes on from.")],
+    tokens: Annotated[int, typer.Option(min=1, max=65536, help="At most so many.")] = 200,
+    temperature: Annotated[
+        float, typer.Option(min=0, max=100, help="0: always the likeliest token.")
+    ] = 0.8,
+    seed: Annotated[int, typer.Option(min=0, help="Equal seeds say equal things.")] = 0,
+    run: Prefix = None,
+    home: Home = None,
+    seat: WhichSeat = None,
+) -> int:
+    """Show what the model says so far."""
+    from peer.cli.offline import sample
+
+    return sample(text, home, seat, run, tokens=tokens, temperature=temperature, seed=seed)
+
+
+@app.command(rich_help_panel="Use the model")
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="New or empty.")],
+    run: Prefix = None,
+    home: Home = None,
+    seat: WhichSeat = None,
+) -> int:
+    """Write the model for `transformers.AutoModelForCausalLM.from_pretrained(DIR)`."""
+    from peer.cli.offline import export
+
+    return export(folder, home, seat, run)
+
+
+@runs.command()
+def new(
+    file: File,
+    method: Annotated[Kind, typer.Option(help="All weights, or adapters on frozen ones.")] = (
+        Kind.pretrain
+    ),
+) -> int:
+    """Write a commented manifest to edit."""
+    from peer.cli.run import new
+
+    return new(file, method)
+
+
+@runs.command()
+def check(file: File) -> int:
+    """Say what a manifest would start, or which field is wrong."""
+    from peer.cli.run import check
+
+    return check(file)
+
+
+@runs.command()
+@takes(JoinOptions)
+def start(file: File, options: JoinOptions) -> int:
+    """Start the run and train; takes the same options as join."""
+    from peer.cli.join import join
+
+    return join(options, file)
+
+
+app.add_typer(runs, name="run", rich_help_panel="Take part")

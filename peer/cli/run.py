@@ -1,0 +1,124 @@
+"""`peer run new` and `peer run check`: from an idea to a manifest that others can trust."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from peer.errors import UsageError
+from peer.home import complain
+
+if TYPE_CHECKING:
+    from peer.manifest_toml import Draft
+
+FILE_BYTES_MAX: Final = 2**20  # a manifest people write is a few KiB
+
+
+class Kind(StrEnum):
+    """A method that a manifest can begin with."""
+
+    pretrain = "pretrain"
+    lora = "lora"
+
+
+def new(file: Path, kind: Kind) -> int:
+    """Write a commented manifest; never over another file."""
+    from peer.manifest_templates import LORA_TEMPLATE, TEMPLATE
+
+    try:
+        with file.open("x", encoding="utf-8") as out:
+            out.write(TEMPLATE if kind is Kind.pretrain else LORA_TEMPLATE)
+    except FileExistsError:
+        raise UsageError(f"{file} is there already; choose another name") from None
+    except FileNotFoundError:
+        raise UsageError(f"there is no folder {file.parent}; make it first") from None
+    except OSError as error:
+        complain(error, file, "write")
+    sys.stdout.write(
+        f"wrote {file}\n"
+        f"edit it, then:  python -m peer run check {file}\n"
+        f"and start it:   python -m peer run start {file}\n"
+    )
+    return 0
+
+
+def check(file: Path) -> int:
+    """Say what a manifest would start, or what is wrong with it."""
+    draft = read_draft(file)
+    from peer.observe.words import count, size
+    from peer.train.models import parameters_of
+
+    manifest = draft.manifest
+    lines = {
+        "run": f"{manifest.run_id()}  {manifest.name}",
+        "model": f"{manifest.model.config['model_type']},"
+        f" {count(parameters_of(manifest.model.config))} parameters",
+        "method": f"{manifest.method.kind}, rounds of {manifest.schedule.round_s:g} s, groups of up"
+        f" to {manifest.group.members_max}",
+        "data": _data(draft),
+    }
+    if manifest.assets:
+        total = size(sum(asset.bytes for asset in manifest.assets))
+        lines["files"] = f"{len(manifest.assets)} ({total}) that joiners fetch from peers"
+    for name, text in lines.items():
+        sys.stdout.write(f"{name:<8}{text}\n")
+    sys.stdout.write(f"start it with:  python -m peer run start {file}\n")
+    return 0
+
+
+def read_draft(file: Path) -> Draft:
+    """A run from its owner's TOML.
+
+    Raises:
+        UsageError: there is no such file.
+        ManifestError: names the field.
+        DataError: a data file is missing or empty.
+        VersionError: it asks for a newer program.
+    """
+    from peer.errors import ManifestError
+    from peer.manifest_toml import read_toml
+
+    try:
+        with file.open("rb") as source:
+            text = source.read(FILE_BYTES_MAX + 1)
+        if len(text) > FILE_BYTES_MAX:
+            raise ManifestError(f"{file}: longer than {FILE_BYTES_MAX} bytes; is that a manifest?")
+        return read_toml(text.decode("utf-8"), file.absolute().parent)
+    except UnicodeDecodeError:
+        raise ManifestError(f"{file}: not text in UTF-8; is that a manifest?") from None
+    except (FileNotFoundError, IsADirectoryError):
+        raise UsageError(
+            f"{file}: no such file; write one with `python -m peer run new {file}`"
+        ) from None
+    except OSError as error:
+        complain(error, file, "read")
+
+
+def _data(draft: Draft) -> str:
+    """Open the data as a peer would, and say how much there is.
+
+    Raises:
+        DataError: it is not text, or too little.
+    """
+    from peer.train import build_data, build_tokenizer
+
+    spec = draft.manifest.data
+    if spec.source == "hf":
+        return f"{spec.dataset} on the Hugging Face hub (not looked at)"
+    if spec.source != "stdlib" and not spec.paths and not draft.data:
+        return f"{spec.source}: each peer brings its own (--data)"
+    with tempfile.TemporaryDirectory(prefix="murmuration-check-") as room:
+        assets = Path(room)
+        for name, path in draft.files.items():  # links: weights may be large
+            (assets / name).parent.mkdir(parents=True, exist_ok=True)
+            (assets / name).symlink_to(path.absolute())
+        tokenizer = build_tokenizer(draft.manifest, assets)
+        data = build_data(draft.manifest, assets, tokenizer, () if spec.paths else draft.data)
+    whose = "this Python's own modules" if spec.source == "stdlib" else f"{len(draft.data)} files"
+    return (
+        f"{spec.source} ({whose}): {data.blocks:,} blocks of about {spec.block_samples} samples of"
+        f" {spec.sequence_length} tokens, {len(data.validation())} samples held out"
+    )
