@@ -151,7 +151,7 @@ def test_alone_the_product_is_preserved_and_the_loss_falls() -> None:
         before = _products(made, made.inner.to_numpy())
         made.apply(reduce(made, [made.contribution()]), everywhere(made, True))
         for a, b in zip(before, _products(made, made.inner.to_numpy()), strict=True):
-            assert np.linalg.norm(a - b) <= 1e-5 * max(np.linalg.norm(a), 1e-9)
+            assert np.linalg.norm(a - b) <= 1e-5 * float(np.linalg.norm(a)) + 1e-9
     assert made.evaluate(held) < start - 0.1
 
 

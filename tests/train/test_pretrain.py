@@ -144,7 +144,9 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted() -> None:
     made.step(batch(0))
     before = made.inner.to_numpy()
     head = next(iter(made.inner.model.parameters()))
-    handle = head.register_hook(lambda gradient: gradient * math.nan)
+    handle = head.register_hook(  # type: ignore[no-untyped-call]
+        lambda gradient: gradient * math.nan
+    )
     result = made.step(batch(1))
     handle.remove()
     assert result.tokens == 0
