@@ -14,7 +14,7 @@ import asyncio
 import hashlib
 import struct
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Final, TypeVar
@@ -42,7 +42,7 @@ from protocols.types import Digest, PeerId
 T = TypeVar("T")
 
 HEADER: Final = 1
-UNIT: Final = 2
+UNITS: Final = 2
 REPLY: Final = 3
 OUTCOME: Final = 4
 BYTES: Final = 5
@@ -55,6 +55,9 @@ NO: Final = 3
 BATCH_UNITS: Final = 8  # half a million values: a few milliseconds of codec work at a time
 REASON_BYTES_MAX: Final = 2048
 _INDEX: Final = struct.Struct("<I")
+_ENTRY: Final = struct.Struct("<II")  # unit, length
+FRAME_GOAL_BYTES: Final = limits.FRAME_BYTES_MAX  # units are packed into frames of about this
+UNITS_FRAME_BYTES_MAX: Final = limits.UNIT_BYTES_MAX + FRAME_GOAL_BYTES
 
 
 class RefusedError(Exception):
@@ -156,8 +159,7 @@ class Exchange:
                     payloads = await self._compute(
                         lambda a=start, b=stop: [contribution.encode(u) for u in range(a, b)]  # type: ignore[misc]
                     )
-                    for unit, payload in enumerate(payloads, start):
-                        await stream.send(UNIT, _INDEX.pack(unit) + payload)
+                    await _send_units(stream, start, payloads)
             await stream.finish()
             await _expect_yes(stream)
         finally:
@@ -198,15 +200,15 @@ class Exchange:
         batch: list[tuple[int, bytes]] = []
         done = False
         while not done:
-            frame = await stream.receive(limits.UNIT_BYTES_MAX + _INDEX.size)
+            frame = await stream.receive(UNITS_FRAME_BYTES_MAX)
             if frame is None:
                 done = True
             else:
-                unit, payload = _unit_of(stream.peer, frame.kind, frame.payload)
-                if not header.start <= unit < header.stop:
-                    raise RemoteProtocolError(stream.peer, f"unit {unit} is not in its span")
-                if not _has(state, stream.peer, unit - header.start):
-                    batch.append((unit, payload))
+                units = _units_in(stream.peer, frame.kind, frame.payload)
+                for unit, _ in units:
+                    if not header.start <= unit < header.stop:
+                        raise RemoteProtocolError(stream.peer, f"unit {unit} is not in its span")
+                batch += units
             if batch and (done or len(batch) >= BATCH_UNITS):
                 await self._fold(
                     state, stream.peer, header.weight, header.start, header.stop, batch
@@ -232,25 +234,26 @@ class Exchange:
         state.weights.setdefault(sender, weight)
         weight = state.weights[sender]  # one weight per sender, whatever it says the second time
         mask = state.masks.setdefault(sender, bytearray((stop - start + 7) // 8))
-        for unit, _ in batch:
+        fresh: list[tuple[int, bytes]] = []
+        for unit, payload in batch:  # what is inside already, from an earlier try, is not again
             offset = unit - start
-            if mask[offset // 8] >> (offset % 8) & 1:
-                raise RemoteProtocolError(sender, f"unit {unit} twice")
-            mask[offset // 8] |= 1 << (offset % 8)
+            if not mask[offset // 8] >> (offset % 8) & 1:
+                mask[offset // 8] |= 1 << (offset % 8)
+                fresh.append((unit, payload))
         folded = 0
 
         def fold() -> None:
             nonlocal folded
-            for unit, payload in batch:
+            for unit, payload in fresh:
                 state.reducer.fold(unit, weight, payload)
                 folded += 1
 
         try:
             await self._compute(fold)
         except ValueError as error:
-            raise RemoteProtocolError(sender, f"unit {batch[folded][0]}: {error}") from None
+            raise RemoteProtocolError(sender, f"unit {fresh[folded][0]}: {error}") from None
         finally:
-            for unit, _ in batch[folded:]:
+            for unit, _ in fresh[folded:]:
                 offset = unit - start
                 mask[offset // 8] &= ~(1 << (offset % 8))
 
@@ -320,7 +323,7 @@ class Exchange:
             await stream.send(HEADER, encode(OutcomePush(epoch, outcome.signed)))
             if await _answer(stream) == HAVE:
                 return
-            await _send_units(stream, outcome)
+            await _send_units(stream, outcome.header.start, outcome.units)
             await stream.finish()
             await _expect_yes(stream)
         finally:
@@ -335,12 +338,12 @@ class Exchange:
         await _reply(stream, YES)
         units: list[bytes] = []
         size = 0
-        while (frame := await stream.receive(limits.UNIT_BYTES_MAX + _INDEX.size)) is not None:
-            size = self._take_unit(stream.peer, header, frame.kind, frame.payload, units, size)
+        while (frame := await stream.receive(UNITS_FRAME_BYTES_MAX)) is not None:
+            size = self._take_units(stream.peer, header, frame.kind, frame.payload, units, size)
         await self._verify(stream.peer, header, signed, units)
         await _reply(stream, YES)
 
-    def _take_unit(
+    def _take_units(
         self,
         sender: PeerId,
         header: OutcomeHeader,
@@ -349,13 +352,13 @@ class Exchange:
         units: list[bytes],
         size: int,
     ) -> int:
-        unit, payload = _unit_of(sender, kind, data)
-        if unit != header.start + len(units) or unit >= header.stop:
-            raise RemoteProtocolError(sender, f"unit {unit} of an outcome is out of order")
-        size += len(payload)
-        if size > header.content_bytes:
-            raise RemoteProtocolError(sender, "an outcome larger than its proof says")
-        units.append(payload)
+        for unit, payload in _units_in(sender, kind, data):
+            if unit != header.start + len(units) or unit >= header.stop:
+                raise RemoteProtocolError(sender, f"unit {unit} of an outcome is out of order")
+            size += len(payload)
+            if size > header.content_bytes:
+                raise RemoteProtocolError(sender, "an outcome larger than its proof says")
+            units.append(payload)
         return size
 
     async def _verify(
@@ -376,7 +379,7 @@ class Exchange:
             if header.group != query.group or query.span not in (None, header.span):
                 continue
             await stream.send(OUTCOME, pack(outcome.signed))
-            await _send_units(stream, outcome)
+            await _send_units(stream, outcome.header.start, outcome.units)
         await stream.finish()
 
     async def fetch_outcomes(
@@ -399,9 +402,11 @@ class Exchange:
             await stream.send(HEADER, encode(query))
             await stream.finish()
             while True:
-                frame = await stream.receive(limits.UNIT_BYTES_MAX + _INDEX.size)
-                if frame is not None and frame.kind == UNIT and current is not None:
-                    size = self._take_unit(peer, current[0], frame.kind, frame.payload, units, size)
+                frame = await stream.receive(UNITS_FRAME_BYTES_MAX)
+                if frame is not None and frame.kind == UNITS and current is not None:
+                    size = self._take_units(
+                        peer, current[0], frame.kind, frame.payload, units, size
+                    )
                     continue
                 if current is not None:
                     await self._verify(peer, *current, units)
@@ -433,10 +438,26 @@ def _signed_outcome(
     return header, signed
 
 
-def _unit_of(sender: PeerId, kind: int, data: bytes) -> tuple[int, bytes]:
-    if kind != UNIT or len(data) < _INDEX.size:
-        raise RemoteProtocolError(sender, f"a frame of kind {kind} where a unit should be")
-    return _INDEX.unpack_from(data)[0], data[_INDEX.size :]
+def _units_in(sender: PeerId, kind: int, data: bytes) -> list[tuple[int, bytes]]:
+    """The (unit, coded bytes) that a frame holds.
+
+    Raises:
+        RemoteProtocolError: it is no frame of units, or its lengths don't add up.
+    """
+    if kind != UNITS or not data:
+        raise RemoteProtocolError(sender, f"a frame of kind {kind} where units should be")
+    found: list[tuple[int, bytes]] = []
+    at = 0
+    while at < len(data):
+        if len(data) - at < _ENTRY.size:
+            raise RemoteProtocolError(sender, "a frame of units that is cut short")
+        unit, length = _ENTRY.unpack_from(data, at)
+        at += _ENTRY.size
+        if length > min(len(data) - at, limits.UNIT_BYTES_MAX):
+            raise RemoteProtocolError(sender, f"unit {unit} is longer than its frame")
+        found.append((unit, data[at : at + length]))
+        at += length
+    return found
 
 
 def _has(state: _OpenSpan, sender: PeerId, offset: int) -> bool:
@@ -455,9 +476,18 @@ def _contributors(state: _OpenSpan, size: int) -> tuple[Contributor, ...]:
     return tuple(found)
 
 
-async def _send_units(stream: Stream, outcome: Outcome) -> None:
-    for unit, payload in enumerate(outcome.units, outcome.header.start):
-        await stream.send(UNIT, _INDEX.pack(unit) + payload)
+async def _send_units(stream: Stream, first: int, payloads: Sequence[bytes]) -> None:
+    """Send units first, first + 1, ..., several to a frame."""
+    parts: list[bytes] = []
+    size = 0
+    for unit, payload in enumerate(payloads, first):
+        if parts and size + len(payload) > FRAME_GOAL_BYTES:
+            await stream.send(UNITS, b"".join(parts))
+            parts, size = [], 0
+        parts += (_ENTRY.pack(unit, len(payload)), payload)
+        size += _ENTRY.size + len(payload)
+    if parts:
+        await stream.send(UNITS, b"".join(parts))
 
 
 async def _reply(stream: Stream, status: int, reason: str = "") -> None:
