@@ -39,6 +39,7 @@ _SYSTEMS: Final = {
 _PEERS: Final = 4
 _ERROR_MAX: Final = 1e-2  # an 8-bit mean of normal values has 0.006; one lost piece of a peer, 0.25
 _STEP_TIMEOUT_S: Final = 120.0
+_QUIET: Final = 0.1  # others may use this share of the cores before it says so
 _SPARE_ROUNDS: Final = 5  # a failed or wrong round of the reference is told and played again
 
 
@@ -220,6 +221,13 @@ def _notes(played: dict[str, list[_Round]], scale: _Scale, seed: int) -> list[st
         for one in done
         if one.failure
     ]
+    others = [one.average.others for done in played.values() for one in done if one.average]
+    if others and median(others) > _QUIET:
+        notes.append(
+            f"The machine was busy: others used {median(others):.0%} of the cores. Then seconds "
+            "favour whoever runs more processes at once (hivemind: 12, ours: 8), because the "
+            "scheduler shares by process; CPU-seconds suffer little. Measure again when quiet."
+        )
     if _OURS not in played:
         notes.append(f"Only the reference ran: {_SYSTEMS[_OURS]} does not exist yet.")
     return notes
