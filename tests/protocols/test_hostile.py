@@ -346,24 +346,24 @@ def test_it_is_refused_by_name_and_changes_nothing(scene: Scene, name: str) -> N
     assert scene.see(target.machine, alive=alive) == before
 
 
-def replay(epochs_back: int) -> Attack:
+def replay(epochs_back: int, rounds_back: int) -> Attack:
     """A plan that was once in force, word for word."""
 
     def make(s: Scene) -> tuple[Peer, PeerId, Event]:
+        epoch = s.plan.epoch - epochs_back
+        spans = tuple(dataclasses.replace(x, since_epoch=epoch) for x in s.plan.spans)
         old = dataclasses.replace(
-            s.plan, epoch=s.plan.epoch - epochs_back, round=s.plan.round - 1, spans=tuple(
-                dataclasses.replace(x, since_epoch=s.plan.epoch - epochs_back)
-                for x in s.plan.spans
-            ),
-        )  # fmt: skip
+            s.plan, epoch=epoch, round=s.plan.round - rounds_back, spans=spans
+        )
         return s.victim, s.aggregator.id, issue(s.aggregator.signer, old)
 
     return make
 
 
 OVERRULED: dict[str, Attack] = {
-    "the last round's plan again": replay(0),
-    "a plan of an epoch gone by": replay(1),
+    "the last round's plan again": replay(0, 1),
+    "the last round's plan, of an epoch gone by": replay(1, 1),
+    "this round's plan, of an epoch gone by": replay(1, 0),
     "the plan in force, rearranged": lambda s: (
         s.victim, s.member.id,
         issue(s.member.signer, dataclasses.replace(s.plan, train_ms=s.plan.train_ms + 1)),
