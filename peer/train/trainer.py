@@ -222,25 +222,27 @@ class Trainer:
             if self._closing:
                 return False
             request = self._requests.popleft() if self._requests else None
-        begun = self._clock()
         if request is not None:
             self._serve(*request)
-            self._account(served_s=self._clock() - begun)
-        else:
-            result = self.method.step(self.batches.next_batch())
-            self._account(
-                trained_s=self._clock() - begun, tokens=result.tokens, loss=result.loss, steps=1
-            )
+            return True
+        begun = self._clock()
+        result = self.method.step(self.batches.next_batch())
+        self._account(
+            trained_s=self._clock() - begun, tokens=result.tokens, loss=result.loss, steps=1
+        )
         return True
 
     def _serve(self, answer: Future[Any], call: Callable[[Method], Any]) -> None:
         if not answer.set_running_or_notify_cancel():
             return
+        begun = self._clock()
         try:
             result = call(self.method)
         except BaseException as error:  # goes to whoever asked
+            self._account(served_s=self._clock() - begun)
             answer.set_exception(error)
         else:
+            self._account(served_s=self._clock() - begun)  # first: whoever asked may look
             answer.set_result(result)
 
     def _account(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -147,11 +148,10 @@ async def test_standing_still_is_counted_apart_from_work_and_requests() -> None:
 
 
 def _until_idle(trainer: Trainer) -> None:
-    for _ in range(100_000):
-        with trainer._wake:
-            if trainer._idle_since is not None:
-                return
-    raise AssertionError("the thread never came to rest")
+    deadline = time.monotonic() + 10
+    while trainer._idle_since is None:  # without its lock, which the thread needs to come to rest
+        assert time.monotonic() < deadline, "the thread never came to rest"
+        time.sleep(0)
 
 
 async def test_what_a_request_raises_goes_to_whoever_asked_and_training_goes_on() -> None:
