@@ -34,6 +34,8 @@ class Process:
     """False for a zombie: dead, not yet reaped; its CPU time still counts."""
     cpu_s: float
     """User and system time of its own and of the children it has reaped."""
+    started_ticks: int
+    """When it started, in clock ticks after boot."""
 
 
 def family(name: str) -> list[Process]:
@@ -85,12 +87,19 @@ def machine_cpu_s() -> float:
 def kill_family(name: str, timeout_s: float = 5.0) -> list[int]:
     """SIGKILL every member by its pid until none runs; the pids that would not die, normally none.
 
-    A caller that is a member itself goes last. Zombies are left to their parents.
+    The youngest go first: several members may do this at once, and must not end each other while
+    their helpers live. A caller that is a member itself goes last of all. Zombies are left to
+    their parents.
     """
 
     def none_left() -> bool:
-        living = sorted(running(name), key=lambda pid: pid == os.getpid())
-        for pid in living:
+        living = sorted(
+            (process for process in family(name) if process.running),
+            key=lambda process: process.started_ticks,
+            reverse=True,
+        )
+        others = [process.pid for process in living if process.pid != os.getpid()]
+        for pid in others or [process.pid for process in living]:
             with suppress(*_GONE):
                 os.kill(pid, signal.SIGKILL)
         return not living
@@ -116,4 +125,5 @@ def _parse(stat: str) -> Process:
         parent=int(fields[1]),
         running=fields[0] not in "ZX",
         cpu_s=sum(map(int, fields[11:15])) / _TICKS_PER_S,
+        started_ticks=int(fields[19]),
     )
