@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from peer.cli.join import check_announced, check_via
 from peer.cli.options import Home
 from peer.cli.running import Interrupts, json_lines, logs_in, run_loop
 from peer.observe import events as ev
@@ -75,10 +76,10 @@ def run(
         if not log_json:
             sys.stdout.write("starting: loading the libraries takes a few seconds ...\n")
             sys.stdout.flush()
-        from bootstrap.node import NodeConfig
-        from peer.cli.join import check_announced
-
+        check_via(via or ())
         check_announced(announce or ())
+        from bootstrap.node import NodeConfig
+
         config = NodeConfig(
             home=home,
             host=host,

@@ -103,6 +103,7 @@ def _data(draft: Draft) -> str:
     Raises:
         DataError: it is not text, or too little.
     """
+    from peer.observe.words import plural
     from peer.train import build_data, build_tokenizer
 
     spec = draft.manifest.data
@@ -117,8 +118,10 @@ def _data(draft: Draft) -> str:
             (assets / name).symlink_to(path.absolute())
         tokenizer = build_tokenizer(draft.manifest, assets)
         data = build_data(draft.manifest, assets, tokenizer, () if spec.paths else draft.data)
-    whose = "this Python's own modules" if spec.source == "stdlib" else f"{len(draft.data)} files"
+    whose = (
+        "this Python's own modules" if spec.source == "stdlib" else plural(len(draft.data), "file")
+    )
     return (
-        f"{spec.source} ({whose}): {data.blocks:,} blocks of about {spec.block_samples} samples of"
-        f" {spec.sequence_length} tokens, {len(data.validation())} samples held out"
+        f"{spec.source} ({whose}): {data.blocks:,} blocks to share out;"
+        f" {len(data.validation())} samples of {spec.sequence_length} tokens held out"
     )
