@@ -1,0 +1,1 @@
+"""Real processes over libp2p on loopback. Slow by nature: each test starts several peers."""
