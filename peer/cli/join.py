@@ -55,9 +55,6 @@ def resolve(options: JoinOptions, file: Path | None) -> PeerConfig:
     check_via(options.via)
     check_announced(options.announce)
     draft = read_draft(file) if file is not None else None
-    data = tuple(options.data)
-    if draft is not None and not draft.manifest.data.paths:
-        data = data or draft.data
     return PeerConfig(
         home=options.home,
         seat=options.seat,
@@ -65,7 +62,8 @@ def resolve(options: JoinOptions, file: Path | None) -> PeerConfig:
         run=options.run,
         manifest=draft.manifest if draft else None,
         files=draft.files if draft else {},
-        data=data,
+        # Its owner's own paths, also where joiners get copies: errors name what the owner knows.
+        data=tuple(options.data) or (draft.data if draft else ()),
         site=options.site,
         host=options.host,
         port=options.port,

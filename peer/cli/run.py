@@ -113,11 +113,12 @@ def _data(draft: Draft) -> str:
         return f"{spec.source}: each peer brings its own (--data)"
     with tempfile.TemporaryDirectory(prefix="murmuration-check-") as room:
         assets = Path(room)
-        for name, path in draft.files.items():  # links: weights may be large
-            (assets / name).parent.mkdir(parents=True, exist_ok=True)
-            (assets / name).symlink_to(path.absolute())
+        for name, path in draft.files.items():
+            if name.startswith("tokenizer/"):
+                (assets / name).parent.mkdir(exist_ok=True)
+                (assets / name).symlink_to(path.absolute())
         tokenizer = build_tokenizer(draft.manifest, assets)
-        data = build_data(draft.manifest, assets, tokenizer, () if spec.paths else draft.data)
+        data = build_data(draft.manifest, assets, tokenizer, draft.data)
     whose = (
         "this Python's own modules" if spec.source == "stdlib" else plural(len(draft.data), "file")
     )

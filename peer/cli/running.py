@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from types import FrameType
@@ -41,6 +41,8 @@ class Interrupts:
         """Whether somebody asked politely."""
         self._leave: Callable[[], object] | None = None
         self._before: dict[int, Any] = {}
+        # Asked now: once the terminal has hung up, nobody can tell that it was one.
+        self._terminal = [handle for handle in range(3) if os.isatty(handle)]
 
     def politely(self, leave: Callable[[], None]) -> None:
         """From now on the first signal calls `leave` in the running event loop."""
@@ -64,6 +66,8 @@ class Interrupts:
             leave_at_once()
         else:
             self.asked = True
+            if number == getattr(signal, "SIGHUP", None):
+                _write_nowhere(self._terminal)
             self._leave()
 
 
@@ -73,6 +77,14 @@ def leave_at_once() -> None:
         if sys.stdout.isatty():
             os.write(sys.stdout.fileno(), _SHOW_CURSOR)
     os._exit(INTERRUPTED)
+
+
+def _write_nowhere(handles: Iterable[int]) -> None:
+    """The terminal was closed: what is written there is lost from now on, and does not fail."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for handle in handles:
+        os.dup2(nowhere, handle)
+    os.close(nowhere)
 
 
 def run_loop(main: Callable[[], Coroutine[Any, Any, int]]) -> int:

@@ -28,7 +28,7 @@ def show(report: Mapping[str, Any]) -> None:
     console = Console(highlight=False)
     console.print(Text(_title(report), "bold"), soft_wrap=True)
     for name, text in _facts(report):
-        line = Text.assemble((f"  {name:<9}", "dim"), words.clean(text))
+        line = Text.assemble((f"  {name:<11}", "dim"), words.clean(text))
         console.print(line, soft_wrap=True)  # never folded: commands are there to be copied
     if report.get("group_members"):
         console.print(_members(report))
@@ -64,8 +64,8 @@ def _facts(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "network", _network(report)
     yield "dht", words.plural(report["dht_nodes"], "node")
     if report.get("checkpoint_round") is not None:
-        age = f"{report['checkpoint_age_s']:.0f} s ago"
-        yield "saved", f"round {report['checkpoint_round']}, {age}"
+        full = f"round {report['checkpoint_round']}, {report['checkpoint_age_s']:.0f} s ago"
+        yield "saved", f"after every round; the last full checkpoint: {full}"
     for address, how in report.get("via", {}).items():
         yield "via", f"{words.address(address)} {how}"
     if report.get("join_command"):

@@ -178,3 +178,34 @@ def test_a_program_under_nohup_survives_its_terminal() -> None:
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+CLOSED = """
+import asyncio, os, sys
+os.close(os.open(os.ttyname(0), os.O_RDWR))  # now it controls this session, and hangs up on it
+from peer.cli.running import Interrupts, run_loop
+async def work(interrupts):
+    asked = asyncio.Event()
+    interrupts.politely(asked.set)
+    print("ready", flush=True)
+    await asked.wait()
+    print("goodbye", flush=True)
+    return 7
+with Interrupts() as interrupts:
+    sys.exit(run_loop(lambda: work(interrupts)))
+"""
+
+
+def test_a_closed_terminal_is_a_polite_request_too() -> None:
+    ours, theirs = os.openpty()
+    path = os.pathsep.join([str(ROOT), str(ROOT / "codecs")])
+    with subprocess.Popen(
+        [sys.executable, "-c", CLOSED], stdin=theirs, stdout=theirs, stderr=theirs,
+        start_new_session=True, env={**os.environ, "PYTHONPATH": path},
+    ) as process:  # fmt: skip
+        os.close(theirs)
+        said = b""
+        while b"ready" not in said:
+            said += os.read(ours, 1024)
+        os.close(ours)
+        assert process.wait(30) == 7, "to write its goodbye to nobody is no failure"
