@@ -17,7 +17,6 @@ from peer.observe import words
 
 LEAVE_TIMEOUT_S: Final = 60.0  # a large model's checkpoint takes a while to write
 LEAVE_POLL_S: Final = 0.1
-OTHERS_SHOWN: Final = 24
 BOOTSTRAP: Final = "bootstrap"
 
 
@@ -86,7 +85,7 @@ def leave(home: Path | None, seat: str | None, everyone: bool) -> int:
             names = ", ".join(info.name for info in chosen)
             raise UsageError(f"several run here ({names}); choose one with --seat NAME, or --all")
     for info in chosen:
-        ask(control_path(info.folder), "leave")
+        _ask_to_leave(info)
     deadline_s = time.monotonic() + LEAVE_TIMEOUT_S
     for info in chosen:
         while _is_running(home, info.name):
@@ -98,6 +97,16 @@ def leave(home: Path | None, seat: str | None, everyone: bool) -> int:
             time.sleep(LEAVE_POLL_S)
         sys.stdout.write(f"{info.name} has left\n")
     return 0
+
+
+def _ask_to_leave(info: SeatInfo) -> None:
+    try:
+        ask(control_path(info.folder), "leave")
+    except NotRunningError:
+        raise NetworkError(
+            f"the peer in {info.folder} is only just starting and does not listen yet; try again"
+            " in a few seconds, or press Ctrl-C where it runs"
+        ) from None
 
 
 def running(home: Path | None, seat: str | None) -> list[SeatInfo]:

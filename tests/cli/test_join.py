@@ -37,7 +37,6 @@ PATIENCE_S = 60.0
         (["--device", "abacus"], 2, "say cpu"),
         (["--device", "cuda:99"], 2, "torch sees"),
         (["--seat", "../../etc"], 2, "no name for a seat"),
-        (["--host", "192.0.2.7"], 5, "--host"),
         (["--run", "deadbeef"], 6, "'deadbeef' is not on this machine"),
     ],
 )

@@ -126,6 +126,9 @@ def test_status_for_scripts(cli: Cli, resident: Callable[..., Resident]) -> None
     assert only == [peers[1]]
     assert "starting" in cli("status", "--seat", "seat-2").out
     assert cli("status", "--seat", "seat-3").code == 9
+    early = cli("leave", "--seat", "seat-2")
+    assert early.code == 5
+    assert "only just starting" in early.err
 
 
 def test_leave_waits_until_the_peer_has_left(
