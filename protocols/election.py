@@ -17,8 +17,12 @@ from protocols.types import Digest, GroupName, PeerId, RunId
 
 
 def candidates(group: GroupName, slot: int, seats: Iterable[Seat]) -> list[PeerId]:
-    """Peers in the order in which they serve `slot` of `group`; the first live one does."""
-    return [seat.peer for seat in sorted(seats, key=lambda s: (-_score(group, slot, s), s.peer))]
+    """Peers in the order in which they serve `slot` of `group`; the first live one does.
+
+    Benched ones (weight 0) come last.
+    """
+    order = sorted(seats, key=lambda s: (s.weight == 0, -_score(group, slot, s), s.peer))
+    return [seat.peer for seat in order]
 
 
 @lru_cache(maxsize=2**16)
@@ -40,10 +44,11 @@ def spans_of(
     Slot k's aggregator is its first candidate that has no earlier slot. At most
     `aggregators_max` spans, never more than units.
     """
-    count = max(1, min(len(seats), aggregators_max, units))
+    able = [seat for seat in seats if seat.weight > 0] or list(seats)
+    count = max(1, min(len(able), aggregators_max, units))
     chosen: list[PeerId] = []
     for slot in range(count):
-        chosen.append(next(p for p in candidates(group, slot, seats) if p not in chosen))
+        chosen.append(next(p for p in candidates(group, slot, able) if p not in chosen))
     weights = {seat.peer: max(seat.weight, 1) for seat in seats}
     total = sum(weights[peer] for peer in chosen)
     spans: list[Span] = []
@@ -87,14 +92,14 @@ def revise_plan(
 ) -> Plan:
     """The same round for another roster: spans keep their bounds, and their aggregator if it is
     still there and not `benched` (alive but useless); others go to their next candidate."""
-    roster = tuple(sorted(seats, key=lambda s: s.peer))
-    here = {seat.peer for seat in roster}
-    able = [s for s in roster if s.peer not in benched] or list(roster)
-    able_peers = {seat.peer for seat in able}
+    roster = tuple(
+        sorted((Seat(s.peer, 0) if s.peer in benched else s for s in seats), key=lambda s: s.peer)
+    )
+    able = {seat.peer for seat in roster if seat.weight > 0} or {seat.peer for seat in roster}
     spans = tuple(
         span
-        if span.aggregator in here and span.aggregator in able_peers
-        else Span(span.start, span.stop, candidates(plan.group, slot, able)[0], epoch)
+        if span.aggregator in able
+        else Span(span.start, span.stop, candidates(plan.group, slot, roster)[0], epoch)
         for slot, span in enumerate(plan.spans)
     )
     return Plan(

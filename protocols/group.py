@@ -58,6 +58,7 @@ from protocols.events import (
 from protocols.grouping import choose_group
 from protocols.membership import Membership, Neighbour, seat_of
 from protocols.messages import (
+    OUTCOME_DOMAIN,
     PLAN_DOMAIN,
     Goodbye,
     Heartbeat,
@@ -81,6 +82,11 @@ RETRY_S: Final = 2.0
 FETCH_TRIES_MAX: Final = 3
 JOIN_MARGIN_S: Final = 0.7  # a round's roster grows only this long before contributions are due
 TRAIN_S_MIN: Final = 0.3
+BEATS_MAX: Final = 8 * limits.GROUP_MEMBERS_MAX  # a site label can gather more than a group
+EPOCH_LEAP_MAX: Final = 2**20  # epochs grow by one; more at once is a lie or an accident
+PATIENCE_S: Final = 6.0  # a coordinator that lives but plans nothing is passed over after this
+BENCH_S: Final = 60.0  # and tried again after this
+DONOR_BACKOFF_S_MAX: Final = 600.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,8 +143,12 @@ class GroupMachine:
         self._fetch_tries = 0
         self._caught: dict[int, tuple[OutcomeHeader, Signed]] = {}
         self._state_fetch: _Attempt | None = None
-        self._bad_donors: dict[PeerId, float] = {}
-        self._benched: set[PeerId] = set()
+        self._bad_donors: dict[PeerId, tuple[float, float]] = {}
+        """Donor -> (until when it is avoided, for how long the next time)."""
+        self._benched: dict[PeerId, float] = {}
+        """Alive but useless, and until when they are passed over."""
+        self._moved_s = now_s
+        """When we last got a step further: a plan, an outcome, a state."""
         self._regroup_s = now_s
         self._idle = False
         """Whether the event at hand changes nothing that could call for action."""
@@ -171,7 +181,7 @@ class GroupMachine:
         """Who should issue the next plan, by what we know."""
         seats = self._eligible(now_s)
         order = candidates(self.group, 0, seats) if seats else []
-        able = [p for p in order if p not in self._benched]
+        able = [p for p in order if not self._is_benched(p, now_s)]
         return next(iter(able or order), None)
 
     def handle(self, event: Event, now_s: float) -> list[Effect]:
@@ -207,14 +217,16 @@ class GroupMachine:
                 return self._state_ready(number, digest, now_s)
             case StateFailed(donor, _):
                 self._state_fetch = None
-                self._bad_donors[donor] = now_s + 4 * RETRY_S
+                self._avoid(donor, now_s)
             case ContributionOffered(sender, header):
-                self.members.heard(sender, now_s)
+                self._own_run(sender, header.run)
                 self._round_for(sender, header.group, header.round).check_offer(sender, header)
-            case OutcomeOffered(sender, push, header):
                 self.members.heard(sender, now_s)
+            case OutcomeOffered(sender, push, header):
+                self._own_run(sender, header.run)
                 current = self._round_for(sender, header.group, header.round)
-                current.check_outcome(sender, push.epoch, header)
+                current.check_outcome(sender, push.epoch, header, push.outcome.signer)
+                self.members.heard(sender, now_s)
             case Applied(number, digest):
                 return self._applied(number, digest, now_s)
             case OutcomeHeld():
@@ -222,7 +234,7 @@ class GroupMachine:
             case FetchFinished():
                 return self._fetch_finished(event, now_s)
             case SpanReduced(header, signed):
-                if self.current is not None and header.round == self.current.number:
+                if self.current is not None and self.current.reduces(header):
                     return self.current.hold(header, signed, now_s)
             case OutcomeDelivered(peer, number, span):
                 for r in (self.current, self.previous):
@@ -265,26 +277,42 @@ class GroupMachine:
                 self._own_run(sender, message.run)
                 unknown = self.members.get(sender) is None
                 self._idle = not self.members.heartbeat(sender, message, now_s) and not unknown
-                if message.group == self.group:
-                    self.epoch = max(self.epoch, min(message.epoch, self.epoch + 2**20))
+                if message.group == self.group and not unknown:
+                    self._heard_of_epoch(message.epoch)
                 return self._greet(sender, answer=True) if unknown else []
             case PlanIssued(signed):
                 return self._plan_issued(sender, signed, now_s)
             case PlanRefused():
                 self._own_run(sender, message.run)
                 self.members.heard(sender, now_s)
-                if message.group == self.group:
-                    self.epoch = max(self.epoch, min(message.known_epoch, self.epoch + 2**20))
+                known = self.members.get(sender)
+                if message.group == self.group and known and known.group == self.group:
+                    self._heard_of_epoch(message.known_epoch)
             case SpanHeld():
-                self._own_run(sender, message.run)
-                self.members.heard(sender, now_s)
-                current = self.current
-                if current is not None and current.number == message.round:
-                    return current.handed_over(sender, message.span)
+                return self._span_held(sender, message, now_s)
             case Goodbye():
-                self.members.said_goodbye(sender)
-                return [Suspected(sender, f"left: {message.reason}")]
+                self._own_run(sender, message.run)
+                if self.members.get(sender) is not None:
+                    self.members.said_goodbye(sender)
+                    return [Suspected(sender, f"left: {printable(message.reason)}")]
         return []
+
+    def _heard_of_epoch(self, epoch: int) -> None:
+        """A fellow member knows a later epoch; a leap beyond reason is not believed."""
+        if epoch <= self.epoch + EPOCH_LEAP_MAX:
+            self.epoch = max(self.epoch, epoch)
+
+    def _span_held(self, sender: PeerId, message: SpanHeld, now_s: float) -> list[Effect]:
+        self._own_run(sender, message.run)
+        current = self.current
+        if current is None or current.number != message.round or message.group != self.group:
+            return []
+        header = open_signed(message.outcome, OUTCOME_DOMAIN, OutcomeHeader, sender)
+        if (header.run, header.group, header.round) != (message.run, self.group, message.round):
+            raise RemoteProtocolError(sender, "hands over an outcome of another round")
+        effects = current.handed_over(sender, message.span, header, message.outcome.signer)
+        self.members.heard(sender, now_s)
+        return effects
 
     def _own_run(self, sender: PeerId, run: RunId) -> None:
         if run != self.config.run:
@@ -365,7 +393,7 @@ class GroupMachine:
             self.config.run, self.group, self.epoch, self.round, self.digest, self.ready, 0
         )
         effects: list[Effect] = []
-        for n in self.members.in_group(self.group)[: 2 * limits.GROUP_MEMBERS_MAX]:
+        for n in self.members.in_group(self.group)[:BEATS_MAX]:
             # Suspects are hailed now and then: they may be back.
             every_s = 5 * limits.HEARTBEAT_S if n.suspected else 0.0
             if now_s - n.hailed_s < every_s:
@@ -405,7 +433,7 @@ class GroupMachine:
         return [PublishRecord(chosen)]
 
     def _suspected(self) -> set[PeerId]:
-        return {n.record.peer for n in self.members.everybody() if n.suspected}
+        return self.members.suspects(self.group)
 
     # ── standing: who is where ───────────────────────────────────────────────────────────
     def _eligible(self, now_s: float) -> list[Seat]:
@@ -439,6 +467,8 @@ class GroupMachine:
         One that claims to be ahead does not stop a group that is at work.
         """
         ahead = sum(n.ready and n.round > self.round for n in live)
+        if self.round == 0:
+            return ahead > 0  # a fresh start is no history, however many share it
         return ahead >= self._camp(live)
 
     def _camp(self, live: list[Neighbour]) -> int:
@@ -467,6 +497,7 @@ class GroupMachine:
             return effects
         effects += self._adopt_pending(now_s)
         effects += self._check_digests(now_s)
+        self._bench_the_useless(now_s)
         effects += self._coordinate(now_s)
         suspected = self._suspected()
         if self.previous is not None:
@@ -489,12 +520,37 @@ class GroupMachine:
             return self._next_round(seats, now_s)
         return self._mend_round(self.current, seats, now_s)
 
+    def _bench_the_useless(self, now_s: float) -> None:
+        """Pass over a coordinator that lives and does not plan, or does not mend its round."""
+        chief = self.coordinator(now_s)
+        if chief is None or chief == self.me:
+            return
+        current = self.current
+        if current is None:
+            since_s = max(self._moved_s, self._started_s + SETTLE_S)
+            useless = now_s - since_s > PATIENCE_S
+        else:
+            since_s = max(self._moved_s, current.end_s)
+            useless = bool(current.missing()) and now_s - since_s > RETRY_S
+        if useless:
+            self._moved_s = now_s
+            self._bench(chief, now_s)
+
+    def _bench(self, peer: PeerId, now_s: float) -> None:
+        self._benched = {p: t for p, t in self._benched.items() if t > now_s}
+        if len(self._benched) < limits.ROSTER_MAX:
+            self._benched[peer] = now_s + BENCH_S
+
+    def _is_benched(self, peer: PeerId, now_s: float) -> bool:
+        return self._benched.get(peer, -math.inf) > now_s
+
     def _seats(self, now_s: float) -> list[Seat]:
         """Everyone who can take part in the round that we stand at."""
         live = self.members.live(self.group, now_s)
         seats = [seat_of(n.record) for n in live if n.ready and n.round == self.round]
         assert self._record is not None
         seats.append(seat_of(self._record.record))
+        seats = [Seat(s.peer, 0) if self._is_benched(s.peer, now_s) else s for s in seats]
         if len(seats) > limits.ROSTER_MAX:
             order = candidates(self.group, 0, seats)[: limits.ROSTER_MAX]
             seats = [s for s in seats if s.peer in order]
@@ -547,6 +603,9 @@ class GroupMachine:
         if current.applying:
             return []
         plan = current.plan
+        if self.me not in plan.peers:  # its members are gone, and it was not ours to mend
+            self.current = None
+            return self._next_round(seats, now_s)
         live = {s.peer for s in seats}
         keep = [s for s in plan.roster if s.peer in live or self._may_return(s.peer, now_s)]
         joiners = [
@@ -562,19 +621,21 @@ class GroupMachine:
             for i in current.missing()
             if now_s > current.collect_s + 0.5 * (current.end_s - current.collect_s)
         ]
-        idle = {p for p in late if p != self.me and p not in self._benched}
-        if not joiners and not idle and len(keep) == len(plan.roster):
-            return []
-        self._benched |= idle
-        room = limits.ROSTER_MAX - len(keep)
+        for peer in late:
+            if peer != self.me and not self._is_benched(peer, now_s):
+                self._bench(peer, now_s)
+        room = max(0, limits.ROSTER_MAX - len(keep))
         revised = revise_plan(
             plan,
             epoch=self.epoch + 1,
-            seats=keep + joiners[: max(0, room)],
-            benched=self._benched,
+            seats=keep + joiners[:room],
+            benched={p for p in plan.peers if self._is_benched(p, now_s)},
             train_ms=int(max(0.0, current.due_s - now_s) * 1000),
             exchange_ms=plan.exchange_ms,
         )
+        moved = [s.aggregator for s in revised.spans] != [s.aggregator for s in plan.spans]
+        if revised.peers == plan.peers and not (late and moved):
+            return []
         return self._issue(revised, now_s)
 
     def _may_return(self, peer: PeerId, now_s: float) -> bool:
@@ -607,6 +668,12 @@ class GroupMachine:
             raise RemoteProtocolError(sender, "plans for a group that it is not in")
         if sender not in plan.peers:
             raise RemoteProtocolError(sender, "plans a round without itself")
+        if plan.epoch > self.epoch + EPOCH_LEAP_MAX:
+            raise RemoteProtocolError(sender, f"leaps to epoch {plan.epoch}")
+        if plan.train_ms > self.config.round_s * 1000 + 1:
+            raise RemoteProtocolError(sender, f"plans {plan.train_ms} ms of training")
+        if plan.exchange_ms > self.config.exchange_s * 1000 + 1:
+            raise RemoteProtocolError(sender, f"plans {plan.exchange_ms} ms of exchange")
         revises = self.current is not None and self.current.number == plan.round
         reason = fault_in(plan, self.config.units, self.config.aggregators_max, revises=revises)
         if reason is not None:
@@ -617,8 +684,9 @@ class GroupMachine:
             no = PlanRefused(plan.run, plan.group, plan.epoch, self.epoch, refusal)
             return [Send(sender, no)]
         if not self.ready or plan.round > self.round:
+            if self._pending is None or plan.epoch >= self._pending[0].epoch:
+                self._pending = (plan, sender, now_s)
             self.epoch = max(self.epoch, plan.epoch)
-            self._pending = (plan, sender, now_s)
             return []
         return self._adopt(plan, sender, now_s, now_s)
 
@@ -634,6 +702,12 @@ class GroupMachine:
                 return "another plan of this epoch is in force"
             if plan.roster != in_force.roster:
                 return "another roster needs another epoch"
+        current = self.current
+        if current is not None and current.number == plan.round:
+            if current.applying:
+                return f"round {plan.round} is being applied"
+            if not current.training and not same_bounds(plan, current.plan):
+                return f"round {plan.round} is cut otherwise"
         if plan.round < self.round:
             return f"round {self.round} is where we stand"
         if self.ready and plan.round == self.round and plan.digest != self.digest:
@@ -644,16 +718,12 @@ class GroupMachine:
         self, plan: Plan, coordinator: PeerId, received_s: float, now_s: float
     ) -> list[Effect]:
         self.epoch = max(self.epoch, plan.epoch)
-        self._benched.discard(coordinator)
         self._pending = None
-        effects: list[Effect] = []
-        if self.current is not None and self.current.number == plan.round:
-            same_bounds = [(s.start, s.stop) for s in self.current.plan.spans] == [
-                (s.start, s.stop) for s in plan.spans
-            ]
-            if same_bounds:
-                effects += self.current.revise(plan, now_s)
-                return [PlanAdopted(plan, coordinator, self.current.due_s), *effects]
+        self._moved_s = now_s
+        current = self.current
+        if current is not None and current.number == plan.round and same_bounds(plan, current.plan):
+            effects = current.revise(plan, now_s)
+            return [PlanAdopted(plan, coordinator, current.due_s), *effects]
         self.current = Round(self.me, plan, received_s, self.config.quorum)
         return [PlanAdopted(plan, coordinator, self.current.due_s)]
 
@@ -683,7 +753,7 @@ class GroupMachine:
         header = event.header
         if header.round != self.round:
             return []
-        if event.fetched:
+        if event.fetched and len(self._caught) < limits.AGGREGATORS_MAX:
             self._caught[header.start] = (header, event.signed)
         if self.current is not None and self.current.number == header.round:
             return self.current.hold(header, event.signed, now_s)
@@ -745,8 +815,7 @@ class GroupMachine:
         return self._beat(now_s)
 
     def _state_ready(self, number: int, digest: Digest, now_s: float) -> list[Effect]:
-        if self.current is not None:
-            self.previous, self.current = self.current, None
+        self.previous = self.current = None
         self.ready = True
         self._state_fetch = None
         self._moved_to(number, digest, now_s)
@@ -754,19 +823,18 @@ class GroupMachine:
 
     def _moved_to(self, number: int, digest: Digest, now_s: float) -> None:
         self.round, self.digest = number, digest
-        self._applied_s = now_s
+        self._applied_s = self._moved_s = now_s
         self._behind_since_s = self._apart_since_s = None
         self._fetch = None
         self._fetch_tries = 0
         self._caught.clear()
-        self._benched.clear()
 
     def _sync(self, now_s: float) -> list[Effect]:
         """Get the state, or make good what we missed."""
         if self._state_fetch is not None:
             if now_s < self._state_fetch.until_s:
                 return []
-            self._bad_donors[self._state_fetch.peer] = now_s + 4 * RETRY_S
+            self._avoid(self._state_fetch.peer, now_s)
             self._state_fetch = None
         if not self.ready:
             return self._fetch_state(self._donors(now_s), now_s)
@@ -800,7 +868,9 @@ class GroupMachine:
         live = self.members.live(self.group, now_s)
         latest = self.current or self.previous
         ours = set(latest.plan.peers) if latest is not None else set()
-        others = [n for n in live if n.ready and n.round < self.round and n.record.peer not in ours]
+        others = [
+            n for n in live if n.ready and 0 < n.round < self.round and n.record.peer not in ours
+        ]
         camps = Tally((n.round, n.digest) for n in others)
         best = max(camps, key=lambda c: (camps[c], c), default=None)
         if best is None or camps[best] <= self._camp(live):
@@ -820,10 +890,18 @@ class GroupMachine:
             key=lambda n: (n.group != self.group, -n.round, n.record.peer),
         )
 
+    def _avoid(self, donor: PeerId, now_s: float) -> None:
+        """A transfer from it failed: others first, and twice as long each time."""
+        if len(self._bad_donors) >= limits.KNOWN_PEERS_MAX:
+            self._bad_donors.clear()
+        _, wait_s = self._bad_donors.get(donor, (0.0, RETRY_S))
+        self._bad_donors[donor] = (now_s + wait_s, min(2 * wait_s, DONOR_BACKOFF_S_MAX))
+
     def _fetch_state(
         self, donors: list[Neighbour], now_s: float, *, step_back: bool = False
     ) -> list[Effect]:
-        able = [d for d in donors if self._bad_donors.get(d.record.peer, 0.0) <= now_s]
+        never = (0.0, 0.0)
+        able = [d for d in donors if self._bad_donors.get(d.record.peer, never)[0] <= now_s]
         if not able:
             return []
         donor = able[0]
@@ -873,3 +951,13 @@ class GroupMachine:
             donor = donors[0].record.peer
             effects.insert(0, Differed(self.round, self.digest, winner, donor))
         return effects
+
+
+def same_bounds(one: Plan, other: Plan) -> bool:
+    """Whether two plans cut the layout alike."""
+    return [(s.start, s.stop) for s in one.spans] == [(s.start, s.stop) for s in other.spans]
+
+
+def printable(text: str) -> str:
+    """A stranger's text without what could move a terminal's cursor."""
+    return "".join(c if c.isprintable() else "?" for c in text)

@@ -27,8 +27,8 @@ def choose_group(
     """The group for `me`, or None: wait, somebody nearby is about to found one.
 
     `others`: live peers of the run with the group that each stands in by its latest word; empty =
-    still looking. Stable: a peer that has company keeps its group. A peer without moves only to
-    an older group than its own, so two loners can't swap places for ever.
+    still looking. Stable: a peer that has company keeps its group. A loner moves to one with
+    company, or to an older loner's: so two loners can't swap places for ever.
     """
     if me.site:
         return GroupName(f"site:{me.site}")
@@ -41,17 +41,17 @@ def choose_group(
             looking.append(record)
     if me.group and groups.get(me.group):
         return me.group
-    near: list[tuple[bool, int, GroupName]] = []
+    near: list[tuple[bool, bool, int, GroupName]] = []
     for name, members in groups.items():
         known = [rtt_s[m.peer] for m in members if m.peer in rtt_s]
         if known and median(known) <= NEAR_RTT_S and len(members) < members_max:
-            # A group with history first, then the oldest: everybody's order is the same.
+            # Company first, then history, then age: everybody's order is the same.
             fresh = all(m.round == 0 for m in members)
-            near.append((fresh, min(m.founded_ms for m in members), name))
+            near.append((len(members) < 2, fresh, min(m.founded_ms for m in members), name))
     if me.group:
-        near.append((me.round == 0, me.founded_ms, me.group))
+        near.append((True, me.round == 0, me.founded_ms, me.group))
     if near:
-        return min(near)[2]
+        return min(near)[3]
     if any((r.founded_ms, r.peer) < (me.founded_ms, me.peer) for r in looking):
         return None
     return GroupName(f"near:{me.peer[-12:]}")

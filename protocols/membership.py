@@ -48,6 +48,8 @@ class Membership:
     def __init__(self, me: PeerId) -> None:
         self.me = me
         self._table: dict[PeerId, Neighbour] = {}
+        self._swept_s = float("-inf")
+        self._groups: dict[GroupName, dict[PeerId, Neighbour]] = {}
 
     def get(self, peer: PeerId) -> Neighbour | None:
         return self._table.get(peer)
@@ -62,13 +64,27 @@ class Membership:
             known.seen_s = now_s
             if record.issued_ms > known.record.issued_ms:
                 known.record = record
-                known.group = record.group
+                self._place(known, record.group)
             return False
         if len(self._table) >= limits.KNOWN_PEERS_MAX:
-            oldest = min(self._table, key=self._worth)
-            del self._table[oldest]
-        self._table[record.peer] = Neighbour(record, now_s, record.group)
+            self._forget(min(self._table, key=self._worth))
+        self._table[record.peer] = known = Neighbour(record, now_s)
+        self._place(known, record.group)
         return True
+
+    def _place(self, known: Neighbour, group: GroupName) -> None:
+        """Note where it stands; the index keeps the cost of a beat that of its own group."""
+        self._groups.get(known.group, {}).pop(known.record.peer, None)
+        if not self._groups.get(known.group, True):
+            del self._groups[known.group]
+        known.group = group
+        self._groups.setdefault(group, {})[known.record.peer] = known
+
+    def _forget(self, peer: PeerId) -> None:
+        known = self._table.pop(peer)
+        self._groups.get(known.group, {}).pop(peer, None)
+        if not self._groups.get(known.group, True):
+            del self._groups[known.group]
 
     def _worth(self, peer: PeerId) -> tuple[float, float]:
         """A flood of strangers' first words must not push out those we keep company with."""
@@ -94,7 +110,8 @@ class Membership:
         self.heard(peer, now_s)
         known.round, known.digest = beat.round, Digest(beat.digest)
         known.ready, known.epoch = beat.ready, beat.epoch
-        known.group = beat.group
+        if known.group != beat.group:
+            self._place(known, beat.group)
         after = (known.group, known.round, known.digest, known.ready, known.epoch)
         return back or before != after
 
@@ -123,23 +140,27 @@ class Membership:
             known.suspected = known.left = True
 
     def sweep(self, group: GroupName, now_s: float) -> list[PeerId]:
-        """Suspect the silent, forget the lost; the newly suspected of `group`."""
+        """Suspect the silent and forget the lost; the newly suspected of `group`."""
+        if now_s - self._swept_s > limits.SUSPECT_AFTER_S:
+            self._swept_s = now_s
+            keep_s = limits.FORGET_AFTER_S + limits.RECORD_TTL_S
+            lost = [p for p, n in self._table.items() if now_s - max(n.heard_s, n.seen_s) > keep_s]
+            for peer in lost:
+                self._forget(peer)
         fresh: list[PeerId] = []
-        for peer, known in list(self._table.items()):
-            last_s = max(known.heard_s, known.seen_s if known.heard_s < 0 else known.heard_s)
-            if now_s - max(last_s, known.seen_s) > limits.FORGET_AFTER_S + limits.RECORD_TTL_S:
-                del self._table[peer]
-                continue
+        for peer, known in self._groups.get(group, {}).items():
             silent = now_s - known.heard_s > limits.SUSPECT_AFTER_S
-            if known.group == group and known.heard_s > 0 and silent:
-                if not known.suspected:
-                    fresh.append(peer)
+            if known.heard_s > 0 and silent and not known.suspected:
+                fresh.append(peer)
                 known.suspected = True
         return fresh
 
     def in_group(self, group: GroupName) -> list[Neighbour]:
         """Everyone who says that it stands in `group`, living or not."""
-        return [n for n in self._table.values() if n.group == group and not n.left]
+        return [n for n in self._groups.get(group, {}).values() if not n.left]
+
+    def suspects(self, group: GroupName) -> set[PeerId]:
+        return {p for p, n in self._groups.get(group, {}).items() if n.suspected}
 
     def live(self, group: GroupName, now_s: float) -> list[Neighbour]:
         """Members of `group` that were heard lately and are not suspected."""

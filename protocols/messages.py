@@ -37,7 +37,10 @@ OUTCOME_DOMAIN: Final = "outcome"
 # ── what plans are made of ───────────────────────────────────────────────────────────────
 @dataclass(frozen=True, slots=True)
 class Seat:
-    """A roster member and its weight in elections (kbit/s of upload, 1 if not reachable)."""
+    """A roster member and its weight in elections: kbit/s of upload, 1 if not reachable.
+
+    0: benched. It contributes, but did not deliver as aggregator, so it is not elected.
+    """
 
     peer: PeerIdField
     weight: Annotated[int, Max(2**31)]

@@ -75,6 +75,9 @@ class Round:
         self.weight: float | None = None
         self.applying = False
         self._quorum = quorum
+        self._latest_end_s = self.end_s + 2 * plan.exchange_ms / 1000
+        """However often it is revised, a round ends by then."""
+        self._roster_ever = set(plan.peers)
         self._spans = [_Span() for _ in plan.spans]
         self._fetch = _Try(self.end_s)
 
@@ -107,7 +110,7 @@ class Round:
                 ]
                 continue
             mine = self.plan.spans[i].aggregator == self.me
-            if mine and not span.closing and span.fetching is None:
+            if mine and not span.closing:
                 times.append(self.collect_s)
             if span.own is not None:
                 times.append(span.own.at_s)
@@ -155,7 +158,7 @@ class Round:
                 self.plan.spans[i].aggregator != self.me
                 or span.outcome is not None
                 or span.closing
-                or span.fetching is not None
+                or (span.fetching is not None and now_s < self.collect_s)
             ):
                 continue
             live = [p for p in self.plan.peers if p not in suspected or p == self.me]
@@ -186,12 +189,13 @@ class Round:
     def revise(self, plan: Plan, now_s: float) -> list[Effect]:
         """Another roster or other aggregators for the same round."""
         old, self.plan = self.plan, plan
+        self._roster_ever |= set(plan.peers)
         if self.training:
             self.due_s = min(self.due_s, now_s + plan.train_ms / 1000)
         exchange_s = plan.exchange_ms / 1000
         start_s = max(now_s, self.due_s)
-        self.collect_s = max(self.collect_s, start_s + exchange_s * COLLECT_SHARE)
-        self.end_s = max(self.end_s, start_s + exchange_s)
+        self.end_s = min(max(self.end_s, start_s + exchange_s), self._latest_end_s)
+        self.collect_s = max(self.collect_s, min(start_s + exchange_s * COLLECT_SHARE, self.end_s))
         self._fetch = _Try(self.end_s)
         effects: list[Effect] = []
         for i, span in enumerate(self._spans):
@@ -281,7 +285,9 @@ class Round:
             own.at_s = now_s + RETRY_S * 2 ** (own.count - 1)
 
     # ── outcomes ─────────────────────────────────────────────────────────────────────────
-    def check_outcome(self, sender: PeerId, epoch: int, header: OutcomeHeader) -> None:
+    def check_outcome(
+        self, sender: PeerId, epoch: int, header: OutcomeHeader, signer: PeerId
+    ) -> None:
         """Whether a pushed outcome may be taken.
 
         Raises:
@@ -299,6 +305,8 @@ class Round:
             )
         if (header.start, header.stop) != (span.start, span.stop):
             raise RemoteProtocolError(sender, f"span {header.span} with other bounds")
+        if signer not in self._roster_ever:
+            raise RemoteProtocolError(sender, f"an outcome signed by {signer}, no member")
 
     def hold(self, header: OutcomeHeader, signed: Signed, now_s: float) -> list[Effect]:
         """An outcome is here. The later one counts, until the round is applied."""
@@ -316,13 +324,35 @@ class Round:
             self._queue_pushes(span, now_s)
         return []
 
-    def handed_over(self, sender: PeerId, span: int) -> list[Effect]:
-        """A member holds an outcome for a span that we aggregate now."""
-        if span >= len(self._spans) or self.plan.spans[span].aggregator != self.me:
+    def reduces(self, header: OutcomeHeader) -> bool:
+        """Whether this is our own reduction of a span that is still ours."""
+        return (
+            header.round == self.number
+            and header.span < len(self._spans)
+            and self.plan.spans[header.span].aggregator == self.me
+        )
+
+    def handed_over(
+        self, sender: PeerId, span: int, header: OutcomeHeader, signer: PeerId
+    ) -> list[Effect]:
+        """A member holds an outcome for a span that we aggregate now.
+
+        Raises:
+            RemoteProtocolError: it is no member, or what it shows is no proof of that span.
+        """
+        if sender not in self.plan.peers:
+            raise RemoteProtocolError(sender, f"is not in the roster of round {self.number}")
+        if span >= len(self._spans) or header.span != span or signer not in self._roster_ever:
+            raise RemoteProtocolError(sender, f"hands over span {span} without a proof of it")
+        mine = self.plan.spans[span]
+        if (header.start, header.stop) != (mine.start, mine.stop):
+            raise RemoteProtocolError(sender, f"hands over span {span} with other bounds")
+        if mine.aggregator != self.me:
             return []
         state = self._spans[span]
+        again = sender in state.answered
         state.answered.add(sender)
-        if state.outcome is not None or state.fetching is not None or state.closing:
+        if again or state.outcome is not None or state.fetching is not None or state.closing:
             return []
         state.fetching = sender
         return [FetchOutcomes(sender, self.number, span)]

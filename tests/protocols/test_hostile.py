@@ -252,6 +252,12 @@ REFUSED: dict[str, Attack] = {
     "hand-over of another run": stranger_says(
         lambda s: SpanHeld(FOREIGN_RUN, HERE, s.plan.round, 0, NOTHING_SIGNED)
     ),
+    "a hand-over without a proof": member_says(
+        lambda s: SpanHeld(RUN, HERE, s.plan.round, 0, NOTHING_SIGNED)
+    ),
+    "a hand-over of a span that isn't": member_says(
+        lambda s: SpanHeld(RUN, HERE, s.plan.round, 16, NOTHING_SIGNED)
+    ),
     # Plans.
     "a stranger's coup": lambda s: (
         s.victim, s.stranger.peer_id, issue(s.stranger, usurp(s.plan, s.stranger.peer_id))
@@ -406,12 +412,6 @@ IGNORED: dict[str, Attack] = {
     ),
     "a hand-over for another round": member_says(
         lambda s: SpanHeld(RUN, HERE, s.plan.round + 1, 0, NOTHING_SIGNED)
-    ),
-    "a hand-over of another's span": member_says(
-        lambda s: SpanHeld(RUN, HERE, s.plan.round, 0, NOTHING_SIGNED)
-    ),
-    "a hand-over of a span that isn't": member_says(
-        lambda s: SpanHeld(RUN, HERE, s.plan.round, 16, NOTHING_SIGNED)
     ),
     "a refusal in another group": stranger_says(lambda _: PlanRefused(RUN, THERE, 1, 99, "")),
 }  # fmt: skip

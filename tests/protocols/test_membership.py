@@ -93,7 +93,7 @@ def test_the_lost_are_forgotten_in_the_end(table: Membership) -> None:
     last_s = 100.0 + limits.FORGET_AFTER_S + limits.RECORD_TTL_S
     table.sweep(GROUP, last_s)
     assert table.get(peer(1)) is not None
-    table.sweep(GROUP, last_s + 0.1)
+    table.sweep(GROUP, last_s + limits.SUSPECT_AFTER_S + 0.1)
     assert table.get(peer(1)) is None
 
 

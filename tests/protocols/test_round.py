@@ -289,9 +289,9 @@ def test_an_outcome_of_anything_else_is_refused(
     first, _, others = roles(plan)
     member = start(others[0], plan)
     header, _ = outcome(plan, 0, first)
-    member.check_outcome(first, 3, header)
+    member.check_outcome(first, 3, header, first)
     with pytest.raises(RemoteProtocolError, match=reason) as caught:
-        member.check_outcome(first, epoch, dataclasses.replace(header, **changes))
+        member.check_outcome(first, epoch, dataclasses.replace(header, **changes), first)
     assert caught.value.peer == first
 
 
@@ -301,7 +301,7 @@ def test_only_the_aggregator_may_push_a_spans_outcome() -> None:
     member = start(others[0], plan)
     for liar in (*(p for p in plan.peers if p != first), STRANGER):
         with pytest.raises(RemoteProtocolError, match="does not aggregate") as caught:
-            member.check_outcome(liar, 3, outcome(plan, 0, liar)[0])
+            member.check_outcome(liar, 3, outcome(plan, 0, liar)[0], liar)
         assert caught.value.peer == liar
 
 
@@ -310,9 +310,9 @@ def test_an_aggregator_that_lost_its_span_may_push_it_no_more() -> None:
     first, second, others = roles(plan)
     member = start(others[0], plan)
     member.revise(revised(plan, without={second}), 1.0)
-    member.check_outcome(first, 3, outcome(plan, 0, first)[0])
+    member.check_outcome(first, 3, outcome(plan, 0, first)[0], first)
     with pytest.raises(RemoteProtocolError, match="does not aggregate"):
-        member.check_outcome(second, 3, outcome(plan, 1, second)[0])
+        member.check_outcome(second, 3, outcome(plan, 1, second)[0], second)
 
 
 def test_a_held_outcome_is_pushed_to_everyone_else_until_it_arrives() -> None:
@@ -427,8 +427,10 @@ def heir_of(plan: Plan) -> tuple[Round, Plan, list[PeerId]]:
 def test_a_span_that_was_reduced_before_is_fetched_not_reduced_again() -> None:
     plan = plan_of(members=5)
     heir, after, others = heir_of(plan)
-    assert heir.handed_over(others[0], 1) == [FetchOutcomes(others[0], 7, 1)]
-    assert heir.handed_over(others[1], 1) == [], "one is enough"
+    gone = plan.spans[1].aggregator
+    proof = (outcome(plan, 1, gone)[0], gone)
+    assert heir.handed_over(others[0], 1, *proof) == [FetchOutcomes(others[0], 7, 1)]
+    assert heir.handed_over(others[1], 1, *proof) == [], "one is enough"
     for member in after.peers:
         heir.folded(member, 1, True)
     assert 1 not in [e.span for e in of(CloseSpan, heir.tick(TRAIN_S + 2, NOBODY))]
@@ -441,9 +443,27 @@ def test_a_span_that_was_reduced_before_is_fetched_not_reduced_again() -> None:
     assert all(e.epoch == after.epoch for e in of(PushOutcome, effects))
 
 
+def test_a_hand_over_without_a_proof_is_the_senders_fault() -> None:
+    plan = plan_of(members=5)
+    heir, _, others = heir_of(plan)
+    gone = plan.spans[1].aggregator
+    header = outcome(plan, 1, gone)[0]
+    for sender, span, shown, by in (
+        (STRANGER, 1, header, gone),
+        (others[0], 2, header, gone),
+        (others[0], 1, header, STRANGER),
+        (others[0], 1, dataclasses.replace(header, stop=header.stop + 1), gone),
+    ):
+        with pytest.raises(RemoteProtocolError) as caught:
+            heir.handed_over(sender, span, shown, by)
+        assert caught.value.peer == sender
+
+
 def test_a_hand_over_that_comes_to_nothing_does_not_hold_the_span_up() -> None:
-    heir, after, others = heir_of(plan_of(members=5))
-    heir.handed_over(others[0], 1)
+    plan = plan_of(members=5)
+    heir, after, others = heir_of(plan)
+    gone = plan.spans[1].aggregator
+    heir.handed_over(others[0], 1, outcome(plan, 1, gone)[0], gone)
     for member in after.peers:
         heir.folded(member, 1, True)
     heir.fetch_finished(others[0])
@@ -565,7 +585,7 @@ class Storm:
             case 6 if who != STRANGER and len(self.plan.peers) > 1:
                 effects = self.revise(who)
             case 7 if who in self.plan.peers and who != self.me:
-                effects = r.handed_over(who, span)
+                effects = r.handed_over(who, span, outcome(self.plan, span, who)[0], who)
             case 8:
                 r.fetch_finished(who)
             case 9:
