@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,16 +55,25 @@ checkpoint_every = 4
 class Process:
     """One `python -m peer ...` and what it said."""
 
-    def __init__(self, name: str, arguments: list[str], log: Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        arguments: list[str],
+        log: Path,
+        *,
+        root: Path = ROOT,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """`root`: the checkout that it runs; `environment`: variables beside this process's own."""
         self.name = name
         self.log = log
         self.events: list[Fact] = []
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        own = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **(environment or {})}
         self._stderr = log.open("wb")
         self._process = subprocess.Popen(
             [sys.executable, "-m", *arguments],
-            cwd=ROOT,
-            env=environment | {"PYTHONPATH": f"{ROOT}:{ROOT / 'codecs'}"},
+            cwd=root,
+            env=os.environ | own | {"PYTHONPATH": f"{root}:{root / 'codecs'}"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
