@@ -122,7 +122,8 @@ def run(quick: bool, seed: int, progress: Progress) -> Result:
         *_memory_rows(table),
         *_waiting_rows(waiting),
     ]
-    return Result(rows, _bars(warm, fresh, waiting), _notes(f"{load_before}, {machine.load_average()}"))
+    load = f"{load_before}, {machine.load_average()}"
+    return Result(rows, _bars(warm, fresh, waiting), _notes(load))
 
 
 # ── joining ──────────────────────────────────────────────────────────────────────────────

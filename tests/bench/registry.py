@@ -10,6 +10,7 @@ from tests.bench.result import Progress, Result
 MEASUREMENTS: Final[dict[str, str]] = {
     "averaging": "tests.bench.averaging",
     "join": "tests.bench.join",
+    "learning": "tests.bench.learning",
 }
 
 
