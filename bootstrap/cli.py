@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from peer.cli.join import check_announced, check_via
+from peer.addresses import check_addresses
+from peer.cli.join import check_announced
 from peer.cli.options import Home
 from peer.cli.running import Interrupts, json_lines, logs_in, run_loop
 from peer.observe import events as ev
@@ -76,7 +77,7 @@ def run(
         if not log_json:
             sys.stdout.write("starting: loading the libraries takes a few seconds ...\n")
             sys.stdout.flush()
-        check_via(via or ())
+        check_addresses(via or ())
         check_announced(announce or ())
         from bootstrap.node import NodeConfig
 

@@ -21,6 +21,7 @@ from prometheus_client.registry import Collector
 from dht.directory import RunNotice
 from dht.node import HivemindDirectory
 from peer import finding
+from peer.addresses import check_addresses
 from peer.control import ControlServer
 from peer.errors import UsageError
 from peer.exchange import NO, refuse
@@ -122,7 +123,7 @@ async def open_node(config: NodeConfig, hub: Hub) -> AsyncIterator[Node]:
     Raises:
         PeerError: perhaps in an ExceptionGroup; the port is taken, an address is none, ...
     """
-    finding.check_addresses(config.via)
+    check_addresses(config.via)
     if config.port < 0 or config.port > 65535:
         raise UsageError(f"--port must be 0 to 65535 (got {config.port})")
     async with AsyncExitStack() as stack:

@@ -173,6 +173,7 @@ class Driver:
         self._due: dict[int, tuple[float, Plan]] = {}
         self._sent: dict[int, Taken] = {}
         self._coordinator: PeerId | None = None
+        self._fetched_from = PeerId("")
         self.round_finished: Callable[[int, AppliedFacts, list[Outcome], Plan | None, float], None]
         self.round_finished = lambda *_: None
 
@@ -409,6 +410,7 @@ class Driver:
 
         try:
             await self.exchange.fetch_outcomes(peer, query, got)
+            self._fetched_from = peer
         except TransportError as error:
             reason = error.reason
             self.feed(Undelivered(peer, reason))
@@ -426,6 +428,8 @@ class Driver:
         if facts is None:
             return
         self.exchange.settle(effect.round, held)
+        if effect.plan is None:
+            self.emit(ev.CaughtUp(effect.round, self._fetched_from))
         due_s = self._due.get(effect.round, (time.monotonic(), None))[0]
         self.feed(Applied(effect.round, facts.digest))
         self.round_finished(

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import random
+import shutil
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final, Protocol
 
 from dht.directory import Directory, RunNotice
-from peer.errors import NetworkError, RunNotFoundError, UsageError
+from peer.errors import NetworkError, RunNotFoundError, StorageError
 from peer.exchange import RefusedError
 from peer.home import write_atomic
 from peer.manifest import Manifest
@@ -83,27 +84,13 @@ class Connector:
             await asyncio.sleep(RECHECK_S)
 
 
-def check_addresses(addresses: Iterable[str]) -> None:
-    """Refuse what can never answer, before anything starts.
-
-    Raises:
-        UsageError: names the address and says what one looks like.
-    """
-    for address in addresses:
-        if not address.startswith("/") or "/p2p/" not in address:
-            raise UsageError(
-                f"{address[:120]!r} is not a peer's address; one looks like"
-                " /ip4/203.0.113.7/tcp/31337/p2p/12D3KooW... (a peer prints its own at start)"
-            )
-
-
 async def find_manifest(
     directory: Directory, wanted: str | None, default: Callable[[], Manifest],
     emit: ev.Listener, *, find_s: float = FIND_RUN_S, empty_s: float = EMPTY_S,
-) -> Manifest:  # fmt: skip
+) -> tuple[Manifest, bool]:  # fmt: skip
     """The manifest of the run to join: `wanted` (an id or its beginning), or the only one there.
 
-    Where nobody announces any run, `default()` is started.
+    Where nobody announces any run, `default()` is started: the flag says so.
 
     Raises:
         RunNotFoundError: nobody knows `wanted`; or several runs exist and none was chosen.
@@ -117,10 +104,10 @@ async def find_manifest(
         if choice is not None:
             data = await directory.manifest(choice)
             if data is not None:
-                return Manifest.from_canonical(data)
+                return Manifest.from_canonical(data), False
         if choice is None and not found and wanted is None and spent_s > empty_s:
             emit(ev.Notice("info", "nobody trains here yet: starting the default run"))
-            return default()
+            return default(), True
         if spent_s > find_s:
             break
         await asyncio.sleep(0.3)
@@ -162,9 +149,17 @@ async def fetch_assets(
 
     Raises:
         NetworkError: nobody had a file in time.
-        StorageError: the disk is full.
+        StorageError: the disk is full, or would be.
     """
     run = manifest.run_id()
+    missing = sum(a.bytes for a in manifest.assets if not (folder / a.name).exists())
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if missing > free:
+        raise StorageError(
+            f"the run's files need {missing / 1e9:.1f} GB and the disk of {folder} has"
+            f" {free / 1e9:.1f} GB left; free some space, or choose another home with --home"
+        )
     deadline_s = time.monotonic() + give_up_s
     for asset in manifest.assets:
         path = folder / asset.name

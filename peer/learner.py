@@ -74,6 +74,7 @@ class TrainerLearner:
         self._checkpoint_every = checkpoint_every
         self._saved_round = -1
         self._trouble = ""
+        self._saving = asyncio.Lock()
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="disk")
         self._stream: BlockStream | None = None
         self._source: DataSource | None = None
@@ -167,8 +168,12 @@ class TrainerLearner:
         """Since the last contribution."""
         return self._trainer.stats()
 
+    def waited_s(self) -> float:
+        """Time since the start in which training stood still."""
+        return self._life.waited_s + self._trainer.stats().waited_s
+
     def waited_share(self) -> float:
-        """Share of all the time since the start in which training stood still."""
+        """The same as a share of all the time."""
         now, life = self._trainer.stats(), self._life
         waited = life.waited_s + now.waited_s
         busy = life.trained_s + life.served_s + now.trained_s + now.served_s
@@ -258,16 +263,18 @@ class TrainerLearner:
             stream = self._stream.state() if self._stream is not None else {}
             return self.round, self.digest, method.state(), method.inner_state(), stream
 
-        number, digest, arrays, inner, stream = await self._trainer.run(copy)
-        if number == self._saved_round and not replace:
-            return None
-        facts = {"digest": digest.hex(), "stream": stream}
-        write = functools.partial(self._store.save, number, arrays, inner, facts, replace=replace)
-        info = await self._try_disk(write)
-        if info is not None:
-            self._saved_round = number
-            self._emit(ev.CheckpointSaved(number, info.path, info.bytes, info.seconds))
-        return info
+        async with self._saving:
+            number, digest, arrays, inner, stream = await self._trainer.run(copy)
+            if number == 0 or (number == self._saved_round and not replace):
+                return None  # a fresh start on disk would pass for history
+            facts = {"digest": digest.hex(), "stream": stream}
+            info = await self._try_disk(
+                functools.partial(self._store.save, number, arrays, inner, facts, replace=replace)
+            )
+            if info is not None:
+                self._saved_round = number
+                self._emit(ev.CheckpointSaved(number, info.path, info.bytes, info.seconds))
+            return info
 
     async def _on_disk(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._disk, work)

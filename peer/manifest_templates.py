@@ -55,7 +55,7 @@ validation_share = 0.02 # held out, never trained on
 validation_samples = 64 # at most this many are evaluated
 
 [method]
-kind = "pretrain"       # all weights; `run new --lora` shows the other kind
+kind = "pretrain"       # all weights; `run new --method lora` shows the other kind
 
 [inner]                 # AdamW, each peer on its own
 lr = 2e-3

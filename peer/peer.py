@@ -20,6 +20,7 @@ from typing import Any, Final, Protocol
 
 from dht.directory import Directory
 from peer import finding
+from peer.addresses import check_addresses
 from peer.checkpoint import CheckpointStore
 from peer.config import PeerConfig
 from peer.control import ControlServer
@@ -56,7 +57,8 @@ PROGRESS_S: Final = 1.0
 UPLOAD_KBPS_UNKNOWN: Final = 100_000  # what an unmeasured, unlimited line counts for in elections
 RETURN_WAIT_S: Final = 15.0  # a peer with a past looks for the others before it goes on alone
 GOODBYE_S: Final = 2.0
-SEED_SALT: Final = 0
+STATE_LOOK_S: Final = 1.0
+STATE_TOLD_S: Final = 30.0
 
 
 class Network(Protocol):
@@ -159,6 +161,8 @@ class Peer:
 
     async def save(self) -> str:
         """Write a checkpoint now; its path."""
+        if self.round == 0 or not self._machine.ready:
+            return ""
         await self._learner.save()
         latest = CheckpointStore(checkpoints(self.seat, self.run), read_only=True).path_of_latest()
         return str(latest) if latest is not None else ""
@@ -204,7 +208,7 @@ async def open_peer(
         signer = seat.identity()
         for notice in seat.notices:
             hub.emit(ev.Notice("warning", notice))
-        finding.check_addresses(config.via)
+        check_addresses(config.via)
         net: Network = await (network or _libp2p)(config, seat, signer, hub)
         stack.push_async_callback(net.close)
         async with asyncio.TaskGroup() as tasks:
@@ -217,10 +221,10 @@ async def open_peer(
                 for address in via
                 if address not in net.transport.addresses()
             ]
-            manifest = await _choose_run(config, seat, net, connector, bool(chores), hub)
+            manifest, first = await _choose_run(config, seat, net, connector, bool(chores), hub)
             seat.remember(run=manifest.run_id())
             peer, driver, founded_ms = await _assemble(
-                config, seat, signer, hub, manifest, net, connector, bool(chores), build, stack
+                config, seat, signer, hub, manifest, net, connector, first, build, stack
             )
             if config.metrics_port is not None:
                 health = _health(peer)
@@ -253,10 +257,13 @@ async def _libp2p(config: PeerConfig, seat: Seat, signer: Signer, hub: Hub) -> N
 async def _choose_run(
     config: PeerConfig, seat: Seat, net: Network, connector: finding.Connector,
     has_via: bool, hub: Hub,
-) -> Manifest:  # fmt: skip
-    """Start the given run, go on with the remembered one, or find one through `via`."""
+) -> tuple[Manifest, bool]:  # fmt: skip
+    """Start the given run, go on with the remembered one, or find one through `via`.
+
+    The flag says whether this peer is the first of the run, for all that is known.
+    """
     if config.manifest is not None:
-        return config.manifest
+        return config.manifest, True
     remembered = seat.memory.run
     wanted = config.run
     if wanted is None and not config.via and remembered is not None:
@@ -264,18 +271,18 @@ async def _choose_run(
     if wanted is not None and len(wanted) == 64:
         manifest = finding.saved_manifest(seat.run_folder(wanted))
         if manifest is not None:
-            return manifest
+            return manifest, not has_via
     elif wanted is not None and remembered is not None and remembered.startswith(wanted):
         manifest = finding.saved_manifest(seat.run_folder(remembered))
         if manifest is not None:
-            return manifest
+            return manifest, not has_via
     if not has_via:
         if config.run is not None:
             raise RunNotFoundError(
                 f"run {config.run[:64]!r} is not on this machine; give the address of somebody who"
                 " trains it: --via ADDRESS"
             )
-        return default_manifest()
+        return default_manifest(), True
     await connector.answered.wait()
     return await finding.find_manifest(net.directory, wanted, default_manifest, hub.emit)
 
@@ -286,7 +293,7 @@ def _remember_via(seat: Seat, address: str) -> None:
 
 async def _assemble(
     config: PeerConfig, seat: Seat, signer: Signer, hub: Hub, manifest: Manifest, net: Network,
-    connector: finding.Connector, has_via: bool, build: Build | None, stack: AsyncExitStack,
+    connector: finding.Connector, first: bool, build: Build | None, stack: AsyncExitStack,
 ) -> tuple[Peer, Driver, int]:  # fmt: skip
     """Files, model, state and machine of the run."""
     run = manifest.run_id()
@@ -303,7 +310,7 @@ async def _assemble(
         store,
         hub.emit,
         batch_size=manifest.inner.batch_size,
-        seed=SEED_SALT,
+        seed=manifest.model.seed,
         threads=config.threads,
         checkpoint_every=manifest.schedule.checkpoint_every,
     )
@@ -338,24 +345,13 @@ async def _assemble(
         machine, net.transport, signer, exchange, learner, hub.emit,
         publish=lambda: None, serve_asset=give_asset,
     )  # fmt: skip
-    founder = not has_via or config.manifest is not None
-    if founder or learner.restored or await _nobody_has_it(net, run, signer.peer_id):
-        if has_via and learner.restored:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(RETURN_WAIT_S):
-                    await connector.answered.wait()
+    if learner.restored and not first:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(RETURN_WAIT_S):
+                await connector.answered.wait()
+    if first or learner.restored:
         driver.feed(StateReady(learner.round, learner.digest))
     return peer, driver, founded_ms
-
-
-async def _nobody_has_it(net: Network, run: RunId, me: PeerId) -> bool:
-    """Whether no other peer is a member of the run: then this one may found it."""
-    end_s = time.monotonic() + finding.EMPTY_S
-    while time.monotonic() < end_s:
-        if any(record.peer != me for record in await net.directory.members(run)):
-            return False
-        await asyncio.sleep(0.5)
-    return True
 
 
 def build_run(manifest: Manifest, assets: Path, config: PeerConfig) -> tuple[Method, DataSource]:
@@ -384,7 +380,7 @@ class _Keeper:
             tuple[int, AppliedFacts, list[Outcome], Plan | None, float]
         ] = asyncio.Queue(maxsize=64)
         self._bytes = (0, 0)
-        self._waited_share = 0.0
+        self._waited_s = 0.0
         self._sharers: tuple[PeerId, ...] = ()
         self._plan: Plan | None = None
         driver._publish = self._publish.set
@@ -401,6 +397,7 @@ class _Keeper:
             "rounds": self._keep_rounds(),
             "blocks": self._keep_blocks(),
             "training": self._learner.failed(),
+            "state": self._wait_for_state(),
         }
         return [tasks.create_task(work, name=name) for name, work in works.items()]
 
@@ -412,6 +409,30 @@ class _Keeper:
                 await self._driver.posted()
         if self._learner.round > 0 and self._machine.ready:
             await self._learner.save()
+
+    async def _wait_for_state(self) -> None:
+        """A newcomer waits for a donor; only where nobody has heard of the run it begins anew."""
+        directory = self._peer.network.directory
+        alone_s = 0.0
+        told_s = time.monotonic()
+        while not self._machine.ready:
+            others = [m for m in await directory.members(self._peer.run) if m.peer != self._peer.id]
+            known = any(notice.run == self._peer.run for notice in await directory.runs())
+            alone_s = 0.0 if others or known else alone_s + STATE_LOOK_S
+            if alone_s > finding.EMPTY_S and directory.size() > 0:
+                self._hub.emit(ev.Notice("info", "nobody has this run any more: beginning anew"))
+                self._driver.feed(StateReady(self._learner.round, self._learner.digest))
+                return
+            if time.monotonic() - told_s > STATE_TOLD_S:
+                told_s = time.monotonic()
+                self._hub.emit(
+                    ev.Notice(
+                        "warning",
+                        f"still waiting for a member with the run's state ({len(others)} known);"
+                        " it goes on by itself when one is online",
+                    )
+                )
+            await asyncio.sleep(STATE_LOOK_S)
 
     # ── the record ───────────────────────────────────────────────────────────────────────
     def _issue_record(self) -> bytes:
@@ -478,9 +499,12 @@ class _Keeper:
                 sharers = self._sharers_now()
                 if sharers != self._sharers:
                     self._sharers = sharers
-                    mine = await asyncio.to_thread(
-                        own_blocks, self._peer.run, self._peer.id, sharers, self._learner.blocks
-                    )
+                    blocks = self._learner.blocks
+                    mine = list(range(blocks))  # files of one's own are nobody else's
+                    if not self._config.data:
+                        mine = await asyncio.to_thread(
+                            own_blocks, self._peer.run, self._peer.id, sharers, blocks
+                        )
                     await self._learner.set_blocks(mine)
                 self._learner.start()
             await asyncio.sleep(0.2)
@@ -522,7 +546,7 @@ class _Keeper:
         before, self._bytes = self._bytes, (budget.bytes_up, budget.bytes_down)
         stats = self._learner.stats()
         taken = self._driver.taken(number)
-        share = self._learner.waited_share()
+        waited_before_s, self._waited_s = self._waited_s, self._learner.waited_s()
         return ev.RoundFinished(
             group=self._machine.group,
             round=number,
@@ -536,7 +560,7 @@ class _Keeper:
             tokens_per_s=stats.tokens_per_s,
             bytes_up=self._bytes[0] - before[0],
             bytes_down=self._bytes[1] - before[1],
-            waited_s=share,
+            waited_s=self._waited_s - waited_before_s,
             seconds=seconds,
         )
 

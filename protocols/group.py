@@ -157,6 +157,8 @@ class GroupMachine:
     @property
     def deadline_s(self) -> float:
         """When `handle(Tick())` is due at the latest."""
+        if self.leaving:
+            return math.inf
         times = [self._next_beat_s]
         if self.current is not None:
             times.append(self.current.deadline_s(self._suspected()))
@@ -362,7 +364,7 @@ class GroupMachine:
         ]
 
     def _greet(self, peer: PeerId, *, answer: bool) -> list[Effect]:
-        if self._record is None:
+        if self._record is None or self.leaving:
             return []
         hello = Hello(
             limits.PROTOCOL_VERSION,
@@ -377,7 +379,7 @@ class GroupMachine:
 
     def _tick(self, now_s: float) -> list[Effect]:
         effects: list[Effect] = []
-        if now_s >= self._next_beat_s:
+        if now_s >= self._next_beat_s and not self.leaving:
             self._next_beat_s = now_s + limits.HEARTBEAT_S
             effects += self._beat(now_s)
             effects += [

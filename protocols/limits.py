@@ -52,5 +52,4 @@ RECORD_REFRESH_S: Final = 30.0  # stored again at a third of its life
 RECORD_LIFETIME_S_MAX: Final = 3600.0
 CLOCK_SKEW_S_MAX: Final = 30.0  # records issued this far in our future are still believed
 DIGEST_WAIT_S: Final = 2.0  # a coordinator waits this long for its members' digests
-INBOX_EVENTS_MAX: Final = 4096
 OUTBOX_MESSAGES_MAX: Final = 256  # per peer; older heartbeats give way first

@@ -10,14 +10,13 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from peer.addresses import check_addresses
 from peer.cli.options import JoinOptions
 from peer.cli.running import LEAVING, Interrupts, json_lines, logs_in, run_loop
 from peer.errors import UsageError
 from peer.home import home_folder
 from peer.observe import events as ev
 from peer.observe.hub import Hub
-from protocols.identity import public_key_of
-from protocols.types import PeerId
 
 if TYPE_CHECKING:
     from peer.config import PeerConfig
@@ -52,7 +51,7 @@ def resolve(options: JoinOptions, file: Path | None) -> PeerConfig:
 
     if file is not None and options.run is not None:
         raise UsageError("--run names a run to join, FILE one to start; take away one of them")
-    check_via(options.via)
+    check_addresses(options.via)
     check_announced(options.announce)
     draft = read_draft(file) if file is not None else None
     return PeerConfig(
@@ -73,21 +72,6 @@ def resolve(options: JoinOptions, file: Path | None) -> PeerConfig:
         threads=options.threads,
         metrics_port=options.metrics_port,
     )
-
-
-def check_via(addresses: Iterable[str]) -> None:
-    """Raises UsageError where one can't be anybody's address; what is unreachable is tried."""
-    for address in addresses:
-        place, mark, peer = address.rpartition("/p2p/")
-        try:
-            if not mark or not place.startswith("/"):
-                raise ValueError("it has no /p2p/ with a peer's id")
-            public_key_of(PeerId(peer))
-        except ValueError as error:
-            raise UsageError(
-                f"--via {address[:120]!r} is no peer's address ({error}); one looks like"
-                " /ip4/203.0.113.7/tcp/31337/p2p/12D3KooW... (a peer prints its own at start)"
-            ) from None
 
 
 def check_announced(addresses: Iterable[str]) -> None:

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from peer.errors import NetworkError
+from peer.errors import NetworkError, StorageError
 from protocols.identity import Signer
 
 P2PD_SHA256_LINUX_AMD64: Final = "42f8f48e62583b97cdba3c31439c08029fb2b9fc506b5bdd82c46b7cc1d279d8"
@@ -52,7 +52,7 @@ def write_key(folder: Path, signer: Signer) -> Path:
     """Write the daemon's key file (mode 0600) from ours and say where it is.
 
     Raises:
-        NetworkError: `folder` can't be written.
+        StorageError: `folder` can't be written.
     """
     path = folder / _KEY_FILE
     try:
@@ -62,7 +62,7 @@ def write_key(folder: Path, signer: Signer) -> Path:
         with os.fdopen(os.open(path, flags, 0o600), "wb") as file:
             file.write(_KEY_PREFIX + signer.seed + signer.public_key)
     except OSError as error:
-        raise NetworkError(
+        raise StorageError(
             f"can't keep the network key in {folder} ({error.strerror}); choose another folder"
         ) from None
     return path

@@ -90,6 +90,8 @@ def _line(event: ev.Event) -> Line | None:
                 f"group {group(event.group)}: {plural(len(event.members), 'member')}"
                 f" ({names(event.members)})",
             )
+        case ev.MemberSuspected() if event.reason.startswith("left: "):
+            return Line("info", f"{short(event.peer)} has left; rounds go on")
         case ev.MemberSuspected():
             return Line(
                 "warning",
