@@ -3,7 +3,11 @@
 A frame travels as one or more pieces of at most `FRAME_BYTES_MAX`, each under a header:
 
     u32 bytes of the frame still to come, this piece included | u32 bytes in this piece
-    u8 kind | u32 CRC-32 of the piece
+    u8 kind | u32 CRC-32 of the nine bytes before
+
+The checksum finds readers and writers that are out of step. What a piece carries is encrypted and
+authenticated by the transport, and whatever is kept is checked from end to end by its owner: coded
+units, outcomes, states and files have checksums or digests of their own.
 
 Pieces keep one read small (reads of a megabyte and more cost 2-3 CPU-seconds per GB in malloc and
 page faults) and let a slow line interleave streams. An explicit END tells an orderly end from a
@@ -16,57 +20,75 @@ import asyncio
 import contextlib
 import struct
 import zlib
-from typing import Final, Protocol
+from collections.abc import Callable
+from typing import Final
 
 from peer.net.budget import UploadBudget
 from peer.net.calls import Slots
+from peer.net.pipe import Pipe
 from peer.net.transport import Frame, StreamHandler, TransportError
 from protocols import limits
 from protocols.errors import LocalProtocolError, RemoteProtocolError
 from protocols.types import PeerId
 
+FIELDS: Final = struct.Struct(">IIB")
 HEADER: Final = struct.Struct(">IIBI")
 END: Final = 127
 REFUSED: Final = 126  # the far side wants no more of this; the payload is its reason
 KIND_MAX: Final = 125
-JOIN_BYTES_MAX: Final = 4096  # below this, copying beats a second system call
 CLOSE_WAIT_S: Final = 2.0  # for the far side's orderly end
 
 
-class Pipe(Protocol):
-    """A two-way pipe of bytes with back-pressure."""
+class _Watch:
+    """Breaks a stream on which somebody waits while nothing moves.
 
-    async def read(self, n: int, /) -> bytes:
-        """At least one and at most `n` bytes; b"" at the end."""
+    Its timer is set again only when it fires: a deadline for every operation would cost more than
+    many an operation itself. It looks four times per `progress_timeout_s`, so who was last seen
+    moving may get a quarter more.
+    """
 
-    def write(self, data: bytes | memoryview, /) -> None: ...
+    def __init__(self, stream: FramedStream, position: Callable[[], int], what: str) -> None:
+        self._stream = stream
+        self._position = position
+        self._what = what
+        self._waiting = False
+        self._seen = 0
+        self._since_s = 0.0
+        self._timer: asyncio.TimerHandle | None = None
 
-    async def drain(self) -> None:
-        """Wait until everything written has left this process: its memory may be reused."""
+    def __enter__(self) -> None:
+        self._waiting = True
+        self._seen = self._position()
+        self._since_s = asyncio.get_running_loop().time()
+        if self._timer is None:
+            self._set()
 
-    def unsent(self) -> int:
-        """Bytes written that have not left yet."""
+    def __exit__(self, *_: object) -> None:
+        self._waiting = False
 
-    def close(self) -> None: ...
+    def end(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
 
-    def abort(self) -> None:
-        """Close without sending what is still unsent."""
+    def _set(self) -> None:
+        loop = asyncio.get_running_loop()
+        timeout_s = self._stream.progress_timeout_s
+        due_s = min(self._since_s + timeout_s, loop.time() + timeout_s / 4)
+        self._timer = loop.call_at(due_s, self._look)
 
-
-class SocketPipe:
-    """An asyncio reader and writer as a `Pipe`."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._writer = writer
-        self.read = reader.read
-        self.write = writer.write
-        self.drain = writer.drain
-        self.unsent = writer.transport.get_write_buffer_size
-        self.abort = writer.transport.abort
-        writer.transport.set_write_buffer_limits(high=0)  # what `drain` promises
-
-    def close(self) -> None:
-        self._writer.close()
+    def _look(self) -> None:
+        self._timer = None
+        if not self._waiting:
+            return
+        now_s = asyncio.get_running_loop().time()
+        timeout_s = self._stream.progress_timeout_s
+        position = self._position()
+        if position != self._seen:
+            self._seen, self._since_s = position, now_s
+        if now_s - self._since_s >= timeout_s:
+            self._stream.abort(f"{self._what} for {timeout_s:g} s")
+        else:
+            self._set()
 
 
 class FramedStream:
@@ -87,6 +109,8 @@ class FramedStream:
         self.progress_timeout_s = progress_timeout_s
         self._pipe = pipe
         self._budget = budget
+        self._receiving = _Watch(self, pipe.received, "sent nothing")
+        self._draining = _Watch(self, pipe.unsent, "took nothing")
         self._opened_here = opened_here
         self._sending = False
         self._finished = False
@@ -150,6 +174,8 @@ class FramedStream:
         finally:
             self._broken = self._broken or "closed here"
             self._ended = True
+            self._receiving.end()
+            self._draining.end()
             if orderly:
                 self._pipe.close()
             else:
@@ -186,38 +212,27 @@ class FramedStream:
     async def _write(self, kind: int, piece: memoryview, left: int) -> None:
         if self._broken:
             raise TransportError(self.peer, self._broken)
-        header = HEADER.pack(left, len(piece), kind, zlib.crc32(piece))
         try:
-            if len(piece) <= JOIN_BYTES_MAX:
-                self._pipe.write(header + piece)
-            else:
-                self._pipe.write(header)
-                self._pipe.write(piece)
-            await self._drain()
+            self._pipe.write(_header(left, len(piece), kind), piece)
+            with self._draining:
+                await self._pipe.drain()
         except OSError as error:
             raise self._break(f"stream broke while sending ({error})") from None
         except asyncio.CancelledError:
             self._break("sending was cancelled in the middle of a frame")
             raise
+        if self._broken:
+            raise TransportError(self.peer, self._broken)
         self.bytes_out += HEADER.size + len(piece)
-
-    async def _drain(self) -> None:
-        unsent = self._pipe.unsent()
-        while True:
-            try:
-                async with asyncio.timeout(self.progress_timeout_s):
-                    return await self._pipe.drain()
-            except TimeoutError:
-                before, unsent = unsent, self._pipe.unsent()
-                if unsent >= before:
-                    text = f"took nothing for {self.progress_timeout_s:g} s"
-                    raise self._break(text) from None
 
     async def _piece(
         self, left_max: int, left_expected: int | None = None
     ) -> tuple[int, int, bytes]:
         """(kind, bytes of the frame after this piece, the piece)."""
-        left, length, kind, crc = HEADER.unpack(await self._exactly(HEADER.size))
+        header = await self._read(HEADER.size)
+        left, length, kind, _ = HEADER.unpack(header)
+        if header != _header(left, length, kind):
+            raise self._blame("wrong checksum")
         if left > (left_max if kind <= KIND_MAX else limits.TEXT_CHARS_MAX):
             raise self._blame(f"frame of {left} bytes where at most {left_max} are allowed")
         if left_expected is not None and left != left_expected:
@@ -226,34 +241,20 @@ class FramedStream:
             raise self._blame(f"piece of {length} bytes in a frame of {left}")
         if kind > END or (kind == END and left):
             raise self._blame(f"frame of unknown kind {kind}")
-        piece = await self._exactly(length)
-        if zlib.crc32(piece) != crc:
-            raise self._blame("wrong checksum")
-        return kind, left - length, piece
-
-    async def _exactly(self, n: int) -> bytes:
-        data = await self._read(n) if n else b""
-        if len(data) == n:
-            return data
-        whole = bytearray(data)
-        while len(whole) < n:
-            whole += await self._read(n - len(whole))
-        return bytes(whole)
+        return kind, left - length, await self._read(length) if length else b""
 
     async def _read(self, n: int) -> bytes:
         if self._broken:
             raise TransportError(self.peer, self._broken)
         try:
-            async with asyncio.timeout(self.progress_timeout_s):
+            with self._receiving:
                 data = await self._pipe.read(n)
-        except TimeoutError:
-            raise self._break(f"sent nothing for {self.progress_timeout_s:g} s") from None
         except OSError as error:
             raise self._break(f"stream broke while receiving ({error})") from None
-        if not data:
-            raise self._break("stream was cut short")
         self.bytes_in += len(data)
         self._budget.received(len(data))
+        if len(data) < n:
+            raise self._break("stream was cut short")
         return data
 
     async def _until_the_end(self) -> None:
@@ -265,12 +266,19 @@ class FramedStream:
 
     def _break(self, reason: str) -> TransportError:
         self._broken = self._broken or reason
+        self._receiving.end()
+        self._draining.end()
         self._pipe.abort()
         return TransportError(self.peer, self._broken)
 
     def _blame(self, reason: str) -> RemoteProtocolError:
         self._break(reason)
         return RemoteProtocolError(self.peer, reason)
+
+
+def _header(left: int, length: int, kind: int) -> bytes:
+    fields = FIELDS.pack(left, length, kind)
+    return fields + zlib.crc32(fields).to_bytes(4)
 
 
 async def serve_stream(stream: FramedStream, handler: StreamHandler | None, slots: Slots) -> None:

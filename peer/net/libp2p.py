@@ -47,7 +47,7 @@ from peer.net.calls import (
     read_answer,
     report,
 )
-from peer.net.framing import FramedStream, SocketPipe, serve_stream
+from peer.net.framing import FramedStream, serve_stream
 from peer.net.p2pd import (
     daemon_path,
     port_is_free,
@@ -58,6 +58,7 @@ from peer.net.p2pd import (
     write_key,
 )
 from peer.net.p2pd import unknown_daemon as unknown_daemon
+from peer.net.pipe import SocketPipe
 from peer.net.transport import CallHandler, Stream, StreamHandler, TransportError
 from protocols import limits
 from protocols.identity import Signer, public_key_of
@@ -207,7 +208,7 @@ class Libp2pTransport:
             self._connected.discard(peer)
             raise gone(peer, timeout_s) from None
         self._connected.add(peer)
-        return self._stream(peer, reader, writer, opened_here=True)
+        return await self._stream(peer, reader, writer, opened_here=True)
 
     async def close(self) -> None:
         if self._supervisor is not None:
@@ -296,7 +297,7 @@ class Libp2pTransport:
             raise
         return reader, writer
 
-    def _stream(
+    async def _stream(
         self,
         peer: PeerId,
         reader: asyncio.StreamReader,
@@ -304,7 +305,7 @@ class Libp2pTransport:
         *,
         opened_here: bool,
     ) -> FramedStream:
-        pipe = SocketPipe(reader, writer)
+        pipe = await SocketPipe.take_over(reader, writer)
         stream = FramedStream(pipe, peer, self.budget, opened_here=opened_here)
         self._streams.add(stream)
         return stream
@@ -322,7 +323,7 @@ class Libp2pTransport:
         self, info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         peer = PeerId(str(info.peer_id))
-        stream = self._stream(peer, reader, writer, opened_here=False)
+        stream = await self._stream(peer, reader, writer, opened_here=False)
         task = asyncio.create_task(
             serve_stream(stream, self._on_stream, self._stream_slots), name=f"stream from {peer}"
         )
@@ -346,15 +347,8 @@ class Libp2pTransport:
         family = "ip6" if ":" in self._host else "ip4"
         local = self._host in ("127.0.0.1", "::1", "localhost")
         host = "127.0.0.1" if self._host == "localhost" else self._host
-        made: list[Any] = []
-
-        class Daemon(_Daemon):
-            def __init__(self) -> None:
-                super().__init__()
-                made.append(self)  # `create` keeps it to itself where it fails
-
         creating = asyncio.ensure_future(
-            Daemon.create(
+            _Daemon.create(
                 host_maddrs=[f"/{family}/{host}/tcp/{self._port}"],
                 announce_maddrs=list(self._announce) or None,
                 identity_path=str(self._key_file),
@@ -369,13 +363,6 @@ class Libp2pTransport:
         except asyncio.CancelledError:
             with contextlib.suppress(P2PDaemonError, OSError, EOFError):
                 await _stop(await creating, "closed")  # cancelled half-way it would live on
-            raise
-        except (P2PDaemonError, OSError, EOFError):
-            for daemon in made:
-                if daemon._child is not None:  # reaped here, while the loop still runs
-                    with contextlib.suppress(ProcessLookupError):
-                        daemon._child.kill()
-                    await daemon._child.wait()
             raise
         try:
             control = p2p._client.control

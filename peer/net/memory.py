@@ -236,6 +236,8 @@ class _Half:
         self.changed = asyncio.Event()
         self.ended = False
         self.size = 0
+        self.taken = 0
+        """Bytes that have arrived and been read."""
         self._pieces: deque[tuple[float, bytes]] = deque()
         """(when it arrives, what)."""
 
@@ -254,6 +256,7 @@ class _Half:
             self._pieces.appendleft((due_s, data[n:]))
             data = data[:n]
         self.size -= len(data)
+        self.taken += len(data)
         self.changed.set()
         return data
 
@@ -275,17 +278,26 @@ class _Pipe:
         self._outgoing = outgoing
 
     async def read(self, n: int, /) -> bytes:
-        while True:
+        data = bytearray()
+        while len(data) < n:
             self._link.check()
             wait_s = self._incoming.wait_s()
-            if wait_s == 0.0:
-                return self._incoming.take(n) if self._incoming.size else b""
-            await _change(self._incoming, wait_s)
+            if wait_s != 0.0:
+                await _change(self._incoming, wait_s)
+            elif self._incoming.size:
+                data += self._incoming.take(n - len(data))
+            else:
+                break
+        return bytes(data)
 
-    def write(self, data: bytes | memoryview, /) -> None:
+    def received(self) -> int:
+        return self._incoming.taken
+
+    def write(self, *data: bytes | memoryview) -> None:
         self._link.check()
-        if len(data):
-            self._outgoing.put(data)
+        for piece in data:
+            if len(piece):
+                self._outgoing.put(piece)
 
     async def drain(self) -> None:
         await asyncio.sleep(0)  # a sender that never waits would starve its receiver
