@@ -347,8 +347,15 @@ class Libp2pTransport:
         family = "ip6" if ":" in self._host else "ip4"
         local = self._host in ("127.0.0.1", "::1", "localhost")
         host = "127.0.0.1" if self._host == "localhost" else self._host
+        made: list[Any] = []
+
+        class Daemon(_Daemon):
+            def __init__(self) -> None:
+                super().__init__()
+                made.append(self)  # `create` keeps it to itself where it fails
+
         creating = asyncio.ensure_future(
-            _Daemon.create(
+            Daemon.create(
                 host_maddrs=[f"/{family}/{host}/tcp/{self._port}"],
                 announce_maddrs=list(self._announce) or None,
                 identity_path=str(self._key_file),
@@ -363,6 +370,13 @@ class Libp2pTransport:
         except asyncio.CancelledError:
             with contextlib.suppress(P2PDaemonError, OSError, EOFError):
                 await _stop(await creating, "closed")  # cancelled half-way it would live on
+            raise
+        except (P2PDaemonError, OSError, EOFError):
+            for daemon in made:
+                if daemon._child is not None:  # reaped here, while the loop still runs
+                    with contextlib.suppress(ProcessLookupError):
+                        daemon._child.kill()
+                    await daemon._child.wait()
             raise
         try:
             control = p2p._client.control
