@@ -18,7 +18,7 @@ from typing import Final, Protocol
 from dht.directory import Directory, RunNotice
 from peer.errors import NetworkError, RunNotFoundError, StorageError
 from peer.exchange import RefusedError
-from peer.home import write_atomic
+from peer.home import make_folder, write_atomic
 from peer.manifest import Manifest
 from peer.net.transport import Transport, TransportError
 from peer.observe import events as ev
@@ -141,6 +141,22 @@ def _choose(found: list[RunNotice], wanted: str | None) -> RunId | None:
     return fitting[0].run if fitting else None
 
 
+def check_room(manifest: Manifest, folder: Path) -> None:
+    """Refuse a run whose files would not fit, before the first byte is fetched.
+
+    Raises:
+        StorageError: says how much is needed.
+    """
+    make_folder(folder)
+    missing = sum(a.bytes for a in manifest.assets if not (folder / a.name).exists())
+    free = shutil.disk_usage(folder).free
+    if missing > free:
+        raise StorageError(
+            f"the run's files need {missing / 1e9:.1f} GB and the disk of {folder} has"
+            f" {free / 1e9:.1f} GB left; free some space, or choose another home with --home"
+        )
+
+
 async def fetch_assets(
     manifest: Manifest, folder: Path, transport: Transport, directory: Directory,
     emit: ev.Listener, *, give_up_s: float = FIND_ASSETS_S,
@@ -152,14 +168,7 @@ async def fetch_assets(
         StorageError: the disk is full, or would be.
     """
     run = manifest.run_id()
-    missing = sum(a.bytes for a in manifest.assets if not (folder / a.name).exists())
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if missing > free:
-        raise StorageError(
-            f"the run's files need {missing / 1e9:.1f} GB and the disk of {folder} has"
-            f" {free / 1e9:.1f} GB left; free some space, or choose another home with --home"
-        )
+    check_room(manifest, folder)
     deadline_s = time.monotonic() + give_up_s
     for asset in manifest.assets:
         path = folder / asset.name
