@@ -52,6 +52,7 @@ LATER: Final = 1
 HAVE: Final = 2
 NO: Final = 3
 
+RIVALS_MAX: Final = 4  # outcomes of one span: its aggregators, one after another
 BATCH_UNITS: Final = 8  # half a million values: a few milliseconds of codec work at a time
 REASON_BYTES_MAX: Final = 2048
 _INDEX: Final = struct.Struct("<I")
@@ -112,8 +113,9 @@ class Exchange:
         self._codec = ThreadPoolExecutor(1, thread_name_prefix="codec")
         self._own: tuple[int, Contribution] | None = None
         self._spans: dict[tuple[int, int, int], _OpenSpan] = {}
-        self.outcomes: dict[int, dict[int, Outcome]] = {}
-        """round -> first unit -> outcome; the last `OUTCOME_ROUNDS_KEPT` rounds."""
+        self._outcomes: dict[int, list[Outcome]] = {}
+        """round -> what is held of it, the latest last. Several of one span may be held while a
+        round is undecided; an applied round keeps exactly what was applied."""
 
     async def close(self) -> None:
         self._codec.shutdown(wait=False, cancel_futures=True)
@@ -288,7 +290,7 @@ class Exchange:
         )
         outcome = Outcome(header, sign(self._signer, OUTCOME_DOMAIN, header), units)
         self.hold(outcome)
-        del self._spans[(plan.round, span.start, span.stop)]
+        self._spans.pop((plan.round, span.start, span.stop), None)
         return outcome
 
     def drop_span(self, number: int, start: int, stop: int) -> None:
@@ -297,22 +299,28 @@ class Exchange:
             state.closed = True
 
     def hold(self, outcome: Outcome) -> None:
-        kept = self.outcomes.setdefault(outcome.header.round, {})
-        kept[outcome.header.start] = outcome
+        """Keep an outcome; of one span only the latest few."""
+        held = self._outcomes.setdefault(outcome.header.round, [])
+        if self.find(outcome.header) is not None:
+            return
+        rivals = [o for o in held if o.header.start == outcome.header.start]
+        if len(rivals) >= RIVALS_MAX:
+            held.remove(rivals[0])
+        held.append(outcome)
 
     def find(self, header: OutcomeHeader) -> Outcome | None:
         """The held outcome with exactly this proof."""
-        outcome = self.outcomes.get(header.round, {}).get(header.start)
-        if outcome is None or outcome.header.content != header.content:
-            return None
-        return outcome
+        for outcome in self._outcomes.get(header.round, []):
+            if outcome.header == header:
+                return outcome
+        return None
 
     def settle(self, number: int, applied: Iterable[Outcome]) -> None:
         """Round `number` was applied: keep exactly its outcomes, forget what is too old."""
-        self.outcomes[number] = {o.header.start: o for o in applied}
+        self._outcomes[number] = list(applied)
         oldest = number - limits.OUTCOME_ROUNDS_KEPT
-        for old in [n for n in self.outcomes if n <= oldest or n > number + 1]:
-            del self.outcomes[old]
+        for old in [n for n in self._outcomes if n <= oldest or n > number + 1]:
+            del self._outcomes[old]
         for key in [k for k in self._spans if k[0] <= number]:
             self.drop_span(*key)
 
@@ -373,13 +381,14 @@ class Exchange:
     # ── serving and fetching what somebody missed ────────────────────────────────────────
     async def serve_outcomes(self, stream: Stream, query: OutcomeQuery) -> None:
         """Send what we hold of a round."""
-        held = self.outcomes.get(query.round, {})
-        for outcome in [held[start] for start in sorted(held)]:
+        latest = {o.header.start: o for o in self._outcomes.get(query.round, [])}
+        for start in sorted(latest):
+            outcome = latest[start]
             header = outcome.header
             if header.group != query.group or query.span not in (None, header.span):
                 continue
             await stream.send(OUTCOME, pack(outcome.signed))
-            await _send_units(stream, outcome.header.start, outcome.units)
+            await _send_units(stream, header.start, outcome.units)
         await stream.finish()
 
     async def fetch_outcomes(
