@@ -7,15 +7,20 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.bench import machine, processes, registry, tensors
+from tests.bench import join, machine, peers, processes, registry, tensors
 from tests.bench.__main__ import main
 from tests.bench.fleet import Fleet, FleetError
+from tests.bench.learning import Pupils
+from tests.bench.peers import Crew, Peer
 from tests.bench.result import Bar, BenchError, Progress, Result
 
 KEPT = Bar.at_most("half the time", 0.4, 0.5, "a stopwatch")
@@ -301,3 +306,100 @@ sys.exit(main(["endless"]))
         bench.kill()
         bench.communicate()
         processes.kill_family(family)
+
+
+# ── peers from outside ───────────────────────────────────────────────────────────────────
+
+
+class Said(Peer):
+    """A peer of which only its events are known."""
+
+    def __init__(self, *events: dict[str, Any]) -> None:
+        self.events = list(events)
+
+
+def test_a_join_is_over_when_work_went_out_that_a_round_then_held() -> None:
+    def sent(number: int, weight: float) -> dict[str, Any]:
+        return {"event": "ContributionSent", "round": number, "weight": weight}
+
+    def finished(number: int, included: float) -> dict[str, Any]:
+        return {"event": "RoundFinished", "round": number, "included": included}
+
+    events = [sent(4, 0.0), finished(4, 1.0), sent(5, 9.0), finished(5, 0.0), sent(6, 9.0)]
+    assert join._counted(Said(*events)) is None
+    events.append(finished(6, 0.5))
+    assert join._counted(Said(*events)) == (sent(6, 9.0), finished(6, 0.5))
+
+
+def test_nothing_is_left_of_a_crew_even_if_its_bench_is_killed() -> None:
+    script = """
+import os, subprocess
+from tests.bench import processes
+from tests.bench.peers import Crew
+with Crew() as crew:
+    environment = {**os.environ, processes.MARK: crew.family}
+    subprocess.Popen(["sleep", "600"], env=environment, start_new_session=True)
+    print(crew.family, flush=True)
+    input()
+"""
+    for how in (None, signal.SIGKILL):
+        bench = subprocess.Popen(
+            [sys.executable, "-c", script],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=machine.ROOT,
+            env={**os.environ, "PYTHONPATH": str(machine.ROOT)},
+        )
+        assert bench.stdout is not None
+        family = bench.stdout.readline().strip()
+        try:
+            assert len(processes.running(family)) == 1
+            if how is not None:
+                bench.send_signal(how)
+            bench.communicate("\n", timeout=20)
+            assert processes.wait_until(lambda name=family: not processes.running(name), 10)  # type: ignore[misc]
+        finally:
+            bench.kill()
+            bench.communicate()
+            processes.kill_family(family)
+
+
+def test_a_helper_that_fails_is_told_with_its_last_words() -> None:
+    with Crew() as crew:
+        assert crew.run("print(3)", 20) == "3\n"
+        with pytest.raises(BenchError, match="bad luck"):
+            crew.run("raise SystemExit('bad luck')", 20)
+
+
+def test_a_thread_that_waits_is_asleep_and_one_that_works_or_queues_is_not() -> None:
+    started = peers.moment(os.getpid())
+    threading.Event().wait(0.3)
+    waited = peers.moment(os.getpid())
+    end_s = time.monotonic() + 0.3
+    while time.monotonic() < end_s:
+        pass
+    worked = peers.moment(os.getpid())
+    assert peers.asleep_share(started, waited) > 0.8
+    assert peers.asleep_share(waited, worked) < 0.2
+
+
+def test_memory_is_in_mebibytes() -> None:
+    before = peers.memory(os.getpid())
+    ballast = np.ones(64 * 2**20, np.uint8)
+    after = peers.memory(os.getpid())
+    assert 60 < after.resident - before.resident < 70
+    assert after.peak >= after.resident
+    assert after.proportional <= after.resident
+    del ballast
+
+
+def test_a_loss_is_the_median_of_three_rounds_and_unknown_before_the_first() -> None:
+    losses = [(1.0, 3.0), (2.0, 2.0), (3.0, 2.5), (4.0, 9.0)]
+    rounds = [{"at_s": at_s, "loss": loss, "contributors": 1 + (at_s > 2)} for at_s, loss in losses]
+    group = Pupils(rounds, [10, 9], "")
+    assert [group.loss(at_s) for at_s in (1.5, 3.9)] == [3.0, 2.5]
+    assert group.final == 2.5
+    assert group.together == 0.5
+    with pytest.raises(BenchError, match="no round was finished"):
+        group.loss(0.5)

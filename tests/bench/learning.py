@@ -8,6 +8,7 @@ the first peer's: from the moment that it is up, alone at first in the group too
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -40,7 +41,7 @@ class Pupils:
     """The outer optimiser's settings, in words."""
 
     def loss(self, at_s: float) -> float:
-        """The validation loss of the last round at `at_s` or before.
+        """The validation loss at a time: the median of the last three rounds, as single ones jump.
 
         Raises:
             BenchError: there was none.
@@ -48,13 +49,17 @@ class Pupils:
         losses = [fact["loss"] for fact in self.rounds if fact["at_s"] <= at_s]
         if not losses:
             raise BenchError(f"no round was finished in the first {at_s:g} s; is the machine full?")
-        return float(losses[-1])
+        return float(median(losses[-3:]))
+
+    @property
+    def final(self) -> float:
+        """The validation loss at the end."""
+        return self.loss(math.inf)
 
     @property
     def together(self) -> float:
         """Share of the rounds that held the work of all peers."""
-        whole = [fact for fact in self.rounds if fact["contributors"] == len(self.steps)]
-        return len(whole) / len(self.rounds)
+        return _whole(self.rounds, len(self.steps)) / len(self.rounds)
 
 
 def race(
@@ -62,11 +67,14 @@ def race(
     group: int,
     seconds: float,
     *,
+    whole_rounds: int = 0,
     step_s: float = _STEP_S,
     round_s: float = _ROUND_S,
     progress: Progress = lambda _: None,
 ) -> tuple[Pupils, Pupils]:
     """One alone and a `group` of peers over `seconds`, side by side, from the same weights.
+
+    And on, until the group has averaged `whole_rounds` rounds of everybody's work.
 
     Raises:
         BenchError: a peer died or did not answer.
@@ -79,17 +87,25 @@ def race(
         for fleet in fleets:
             fleet.start(seed=seed, step_s=step_s, round_s=round_s)
         progress(f"seed {seed}: {group} peers and one alone are up")
-        deadline_s = time.monotonic() + seconds + _LATE_S
+        deadline_s = time.monotonic() + 2 * seconds + _LATE_S
         while True:
             reports = [fleet.ask("report", _ANSWER_S) for fleet in fleets]
-            if all(answers[0]["for_s"] > seconds for answers in reports):
+            over = all(answers[0]["for_s"] > seconds for answers in reports)
+            if over and _whole(reports[1][0]["rounds"], group) >= whole_rounds:
                 break
             if time.monotonic() > deadline_s:
-                raise BenchError("the peers' clocks stand still; run it again")
+                raise BenchError("the group never came together; is the machine full?")
             time.sleep(_POLL_S)
+    if whole_rounds:
+        seconds = min(answers[0]["for_s"] for answers in reports)
     alone, together = (_pupils(answers, seconds) for answers in reports)
-    progress(f"seed {seed}: {together.loss(seconds):.3f} together, {alone.loss(seconds):.3f} alone")
+    progress(f"seed {seed}: {together.final:.3f} together, {alone.final:.3f} alone")
     return alone, together
+
+
+def _whole(rounds: Sequence[dict[str, Any]], group: int) -> int:
+    """How many of them hold the work of a whole group."""
+    return sum(fact["contributors"] == group for fact in rounds)
 
 
 def _pupils(reports: Sequence[dict[str, Any]], seconds: float) -> Pupils:
@@ -133,7 +149,7 @@ def run(quick: bool, seed: int, progress: Progress) -> Result:
     ]
     if scale.seeds > 1:
         rows += [_row("median", "alone", alone, scale), _row("median", "group", groups, scale)]
-    ratios = [group.loss(scale.seconds) / one.loss(scale.seconds) for one, group in races.values()]
+    ratios = [group.final / one.final for one, group in races.values()]
     paces = [max(group.steps) / max(one.steps) for one, group in races.values()]
     bars = [
         Bar.at_most(
@@ -168,7 +184,8 @@ def _notes(outer: str, load: str) -> list[str]:
     )
     meaning = (
         "All together: share of the rounds that hold the work of every peer of the arm; the first "
-        "rounds of a group are its first peer's alone, while the others are joining. Steps of "
+        "rounds of a group are its first peer's alone, while the others are joining. Losses: the "
+        "median of three rounds. Steps of "
         "each: the median peer's inner steps inside contributions."
     )
     return [setting, meaning, f"Load average before and after: {load}."]

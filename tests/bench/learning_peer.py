@@ -46,7 +46,7 @@ def manifest(seed: int, round_s: float) -> Manifest:
         usual,
         name="learning",
         model=ModelSpec(config=dict(_MODEL), seed=seed),
-        data=dataclasses.replace(usual.data, sequence_length=48, validation_samples=256),
+        data=dataclasses.replace(usual.data, sequence_length=48, validation_samples=128),
         inner=InnerSpec(lr=3e-3, warmup_steps=5, batch_size=4),
         schedule=ScheduleSpec(round_s=round_s, exchange_s=12.0, evaluate_every=1),
     )
