@@ -67,7 +67,7 @@ batch_size = 8          # samples in a step
 
 [outer]                 # Nesterov momentum on the averaged update
 lr = 0.7
-momentum = 0.9
+momentum = 0.5          # 0.9 where a round has hundreds of steps
 
 [codec]
 name = "int8"           # how updates travel; or int8-raw, bf16, fp32
