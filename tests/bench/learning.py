@@ -28,6 +28,7 @@ _POLL_S: Final = 1.0
 _ANSWER_S: Final = 30.0
 _LATE_S: Final = 30.0  # of a peer whose last round comes after the end
 _PACE_RATIO_MAX: Final = 1.1
+_TOGETHER_MIN: Final = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,8 @@ def race(
             if over and _whole(reports[1][0]["rounds"], group) >= whole_rounds:
                 break
             if time.monotonic() > deadline_s:
-                raise BenchError("the group never came together; is the machine full?")
+                held = [fact["contributors"] for fact in reports[1][0]["rounds"]]
+                raise BenchError(f"{group} peers never came together; their rounds held {held}")
             time.sleep(_POLL_S)
     if whole_rounds:
         seconds = min(answers[0]["for_s"] for answers in reports)
@@ -159,6 +161,10 @@ def run(quick: bool, seed: int, progress: Progress) -> Result:
         Bar.at_most(
             "learning: steps of the group's fastest peer / steps of the one alone",
             max(paces), _PACE_RATIO_MAX, "a group must not win by faster peers",
+        ),
+        Bar.at_least(
+            "learning: share of the group's rounds that hold everybody's work, in the worst seed",
+            min(group.together for group in groups), _TOGETHER_MIN, "joining takes the first ones",
         ),
     ]  # fmt: skip
     load = f"{load_before}, {machine.load_average()}"
