@@ -331,7 +331,7 @@ def test_a_join_is_over_when_work_went_out_that_a_round_then_held() -> None:
     assert join._counted(Said(*events)) == (sent(6, 9.0), finished(6, 0.5))
 
 
-def test_nothing_is_left_of_a_crew_even_if_its_bench_is_killed() -> None:
+def test_nothing_is_left_of_a_crew_even_if_its_bench_is_killed(tmp_path: Path) -> None:
     script = """
 import os, subprocess
 from tests.bench import processes
@@ -349,7 +349,7 @@ with Crew() as crew:
             stdout=subprocess.PIPE,
             text=True,
             cwd=machine.ROOT,
-            env={**os.environ, "PYTHONPATH": str(machine.ROOT)},
+            env={**os.environ, "PYTHONPATH": str(machine.ROOT), "TMPDIR": str(tmp_path)},
         )
         assert bench.stdout is not None
         family = bench.stdout.readline().strip()
