@@ -82,6 +82,8 @@ RETRY_S: Final = 2.0
 FETCH_TRIES_MAX: Final = 3
 JOIN_MARGIN_S: Final = 0.7  # a round's roster grows only this long before contributions are due
 TRAIN_S_MIN: Final = 0.3
+SOUND_OUT_S: Final = 3.0  # how often a loner measures the round trip to the same peer again
+SOUND_OUT_MAX: Final = 8  # and to how many a second
 BEATS_MAX: Final = 8 * limits.GROUP_MEMBERS_MAX  # a site label can gather more than a group
 EPOCH_LEAP_MAX: Final = 2**20  # epochs grow by one; more at once is a lie or an accident
 PATIENCE_S: Final = 6.0  # a coordinator that lives but plans nothing is passed over after this
@@ -425,14 +427,30 @@ class GroupMachine:
         )
         chosen = choose_group(mine, others, rtts, self.config.members_max)
         patient = now_s - self._started_s < 3 * SETTLE_S
+        company = any(group == self.group for _, group in others)
+        probes = [] if company or self.config.site else self._sound_out(now_s)
         if chosen is None and patient:
-            return []
+            return probes
         chosen = chosen or GroupName(f"near:{self.me[-12:]}")
         if chosen == self.group:
-            return []
+            return probes
         self.group, self.epoch, self._started_s = chosen, 0, now_s
         self.current = self.previous = self._pending = None
         return [PublishRecord(chosen)]
+
+    def _sound_out(self, now_s: float) -> list[Effect]:
+        """A loner measures others again: a first round trip, on a busy machine or a connection
+        that is just being made, makes neighbours look far away."""
+        others = [
+            n
+            for n in self.members.everybody()
+            if not n.left and not n.suspected and now_s - n.hailed_s >= SOUND_OUT_S
+        ]
+        effects: list[Effect] = []
+        for n in sorted(others, key=lambda n: n.hailed_s)[:SOUND_OUT_MAX]:
+            n.hailed_s = now_s
+            effects += self._greet(n.record.peer, answer=False)
+        return effects
 
     def _suspected(self) -> set[PeerId]:
         return self.members.suspects(self.group)

@@ -185,6 +185,18 @@ def test_a_partition_heals() -> None:
         check_invariants(world)
 
 
+def test_a_loner_that_looked_far_away_at_first_joins_its_neighbours_later() -> None:
+    for seed in range(4):
+        world = World(seed, latency_s=0.1)  # everybody starts on a busy machine ...
+        peers = [world.add(i, site="") for i in range(4)]
+        world.run(12.0)
+        assert len({p.machine.group for p in peers}) == 4, f"seed {seed}"
+        world.latency_s = 0.002  # ... that comes to rest
+        world.run(60.0)
+        assert len({p.machine.group for p in peers}) == 1, f"seed {seed}"
+        assert gets_in_step(world), f"seed {seed}"
+
+
 def chaos(seed: int) -> World:
     """Everything at once: crashes, restarts, freezes, partitions and loss."""
     rng = random.Random(seed)
