@@ -151,6 +151,8 @@ class GroupMachine:
         """Alive but useless, and until when they are passed over."""
         self._moved_s = now_s
         """When we last got a step further: a plan, an outcome, a state."""
+        self._newcomer = True
+        """Others know the plan in force and we don't, so one of them should coordinate."""
         self._regroup_s = now_s
         self._idle = False
         """Whether the event at hand changes nothing that could call for action."""
@@ -436,6 +438,7 @@ class GroupMachine:
             return probes
         self.group, self.epoch, self._started_s = chosen, 0, now_s
         self.current = self.previous = self._pending = None
+        self._newcomer = True
         return [PublishRecord(chosen)]
 
     def _sound_out(self, now_s: float) -> list[Effect]:
@@ -477,7 +480,7 @@ class GroupMachine:
         if latest is not None:
             incumbents = [s for s in seats if s.peer in latest.plan.peers]
             return incumbents or seats
-        if any(n.epoch > 0 for n in live):
+        if self._newcomer and any(n.epoch > 0 for n in live):
             return [s for s in seats if s.peer != self.me]
         return seats
 
@@ -543,7 +546,7 @@ class GroupMachine:
     def _bench_the_useless(self, now_s: float) -> None:
         """Pass over a coordinator that lives and does not plan, or does not mend its round."""
         chief = self.coordinator(now_s)
-        if chief is None or chief == self.me:
+        if chief == self.me or (chief is None and not self._newcomer):
             return
         current = self.current
         if current is None:
@@ -552,8 +555,14 @@ class GroupMachine:
         else:
             since_s = max(self._moved_s, current.end_s)
             useless = bool(current.missing()) and now_s - since_s > RETRY_S
-        if useless:
-            self._moved_s = now_s
+        if not useless:
+            return
+        self._moved_s = now_s
+        if current is None and self.previous is None and self._newcomer:
+            # Where everybody took another's state, nobody knows a plan any more and each waits
+            # for the others: from now on it is anybody's turn.
+            self._newcomer = False
+        elif chief is not None:
             self._bench(chief, now_s)
 
     def _bench(self, peer: PeerId, now_s: float) -> None:
@@ -836,7 +845,7 @@ class GroupMachine:
 
     def _state_ready(self, number: int, digest: Digest, now_s: float) -> list[Effect]:
         self.previous = self.current = None
-        self.ready = True
+        self.ready = self._newcomer = True
         self._state_fetch = None
         self._moved_to(number, digest, now_s)
         return self._beat(now_s)

@@ -233,7 +233,8 @@ def chaos(seed: int) -> World:
 
 def test_whatever_happens_nothing_is_applied_twice_and_everybody_agrees_in_the_end() -> None:
     first = random.SystemRandom().randrange(2**31)
-    for seed in [*range(25), *range(first, first + 15)]:
+    # 1123788676: two halves took each other's state, and then nobody knew a plan any more.
+    for seed in [1123788676, *range(25), *range(first, first + 15)]:
         world = chaos(seed)
         if not any(p.machine.ready for p in world.living):
             continue  # every holder of the state died before anybody else had it
