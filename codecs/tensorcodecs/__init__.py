@@ -19,8 +19,10 @@ refused, and every failure is a `DecodeError` raised before anything changes. Ne
 zstandard; knows nothing of networks or torch.
 """
 
-from tensorcodecs.codec import CODEC_NAMES, Codec, get_codec
-from tensorcodecs.frame import FRAME_VALUES_MAX, VALUE_ABS_MAX, DecodeError, EncodeError
+from tensorcodecs.codec import CODEC_NAMES, Codec, codec_of, get_codec
+from tensorcodecs.ecsq import Ecsq
+from tensorcodecs.errors import DecodeError, EncodeError
+from tensorcodecs.frame import FRAME_VALUES_MAX, VALUE_ABS_MAX
 from tensorcodecs.layout import CHUNK_VALUES, Layout
 from tensorcodecs.reduce import WEIGHT_MAX, WEIGHT_MIN, WeightedMean
 
@@ -33,8 +35,10 @@ __all__ = [
     "WEIGHT_MIN",
     "Codec",
     "DecodeError",
+    "Ecsq",
     "EncodeError",
     "Layout",
     "WeightedMean",
+    "codec_of",
     "get_codec",
 ]

@@ -8,10 +8,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, Protocol
 
+from tensorcodecs.ecsq import Ecsq
+from tensorcodecs.errors import DecodeError
+from tensorcodecs.frame import HEADER
 from tensorcodecs.int8 import Int8
 from tensorcodecs.planes import Planes
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from tensorcodecs.frame import Float32, Payload
 
 
@@ -25,19 +30,39 @@ class Codec(Protocol):
     def bytes_max(self, numel: int) -> int:
         """The size of the largest frame of `numel` values, to bound a read before it starts."""
 
+    @property
+    def codec_id(self) -> int:
+        """What its frames' headers call it."""
+
     def encode(self, x_N: Float32, /) -> bytes:
-        """One chunk as a frame. `x_N`: contiguous (N,), N from 0 to `FRAME_VALUES_MAX`.
+        """One chunk as a frame. `x_N`: contiguous (N,), N from 0 to `CHUNK_VALUES` (bf16 and fp32:
+        to `FRAME_VALUES_MAX`).
 
         Raises:
             EncodeError: a value is NaN, infinite or beyond `VALUE_ABS_MAX`; says which.
             ValueError: not a contiguous float32 vector of a size that fits.
         """
 
+    def encode_many(self, x_N: Float32, /) -> list[bytes]:
+        """Every `CHUNK_VALUES` of `x_N` (N,), the last may be shorter, as a frame each.
+
+        Faster than one by one, and sometimes smaller: neighbours may share a code table.
+
+        Raises: like `encode`.
+        """
+
     def decode_into(self, payload: Payload, out_N: Float32, /) -> None:
-        """Overwrite `out_N` (N,) with the frame's values. On an error it is untouched.
+        """Overwrite `out_N` (N,) with the frame's values. On an error it holds anything.
 
         Raises:
             DecodeError: not an intact frame of this codec with exactly N values.
+        """
+
+    def decode_many(self, payloads: Sequence[Payload], out_N: Float32, /) -> None:
+        """The frames of `encode_many` into `out_N` (N,). On an error it holds anything.
+
+        Raises:
+            DecodeError: one is not an intact frame of its chunk.
         """
 
     def accumulate(self, payload: Payload, weight: float, acc_N: Float32, /) -> None:
@@ -52,19 +77,47 @@ class Codec(Protocol):
 
 _CODECS: Final[dict[str, Codec]] = {
     codec.name: codec
-    for codec in (Int8(), Int8(lossless=False), Planes("bf16", 2, 2), Planes("fp32", 3, 4))
+    for codec in (
+        Ecsq(0.5, "q4"),
+        Ecsq(1.0, "low"),
+        Ecsq(2.0, "min"),
+        Int8(),
+        Int8(lossless=False),
+        Planes("bf16", 2, 2),
+        Planes("fp32", 3, 4),
+    )
 }
 
 CODEC_NAMES: Final = tuple(_CODECS)
 
+_BY_ID: Final = {codec.codec_id: codec for codec in _CODECS.values()}
+
 
 def get_codec(name: str) -> Codec:
-    """The codec of that name, one of `CODEC_NAMES`.
+    """The codec of that name: one of `CODEC_NAMES`, or `ecsq:A` with a step of A rms.
 
     Raises:
         ValueError: there is none.
     """
-    try:
+    if name in _CODECS:
         return _CODECS[name]
-    except KeyError:
-        raise ValueError(f"no codec {name!r}; there are {', '.join(CODEC_NAMES)}") from None
+    if name.startswith("ecsq:"):
+        try:
+            return Ecsq(float(name[5:]))
+        except ValueError as error:
+            raise ValueError(f"codec {name!r}: {error}") from None
+    raise ValueError(f"no codec {name!r}; there are {', '.join(CODEC_NAMES)} and ecsq:A")
+
+
+def codec_of(payload: Payload) -> Codec:
+    """A codec that reads this frame, whatever it is. Only the codec's number is looked at.
+
+    Raises:
+        DecodeError: the payload is too short, or no codec has that number.
+    """
+    if len(payload) < HEADER.size:
+        raise DecodeError(f"{len(payload)} bytes are too few for a frame's header")
+    number = memoryview(payload).cast("B")[8]
+    if number not in _BY_ID:
+        raise DecodeError(f"codec {number} is not known")
+    return _BY_ID[number]

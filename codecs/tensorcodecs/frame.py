@@ -1,31 +1,34 @@
-"""One coded chunk on the wire: header, checksum, side data, and one plane that may be compressed.
+"""One coded chunk on the wire: a header of 24 bytes, then the codec's body.
 
-    0   3  magic b"MTC"          8   4  numel: values in the chunk
-    3   1  version (1)          12   4  block: values per scale (0 where a codec has none)
-    4   1  codec id             16   4  size: bytes after this header
-    5   1  mode: 0 raw, 1 zstd  20   4  CRC-32 of bytes 0-19 and of everything after the header
-    6   2  zero                 24      side data, then the plane (little-endian throughout)
+    0   3  magic b"MTC"
+    3   1  version (1)
+    4   4  checksum: the low half of XXH3-64 over everything after these eight bytes
+    8   1  codec id
+    9   1  mode: how the plane of levels is coded, see the constants
+    10  1  bits per level (0 where a codec has none)
+    11  1  table: of a coded plane, which
+    12  4  numel: values in the chunk
+    16  4  parameter: the codec's own (a step, a block size)
+    20  4  size: bytes after this header
 
-Every codec splits a chunk in two: *side* data, sent as it is (scales, mantissa bytes: noise that no
-coder shrinks), and a *plane* of exactly `numel` bytes, which zstd's Huffman stage shrinks. So a
-reader knows the size of everything from (codec, numel, block) before it allocates, and a payload
-that says otherwise is refused.
-
-The checksum finds accidents, not forgery: who sent a frame is the transport's business.
+All little-endian. A reader knows from codec, numel and mode how large anything can get before it
+allocates, and refuses a payload that says otherwise. The checksum finds accidents, not forgery:
+who sent a frame is the transport's business.
 """
 
 from __future__ import annotations
 
 import struct
 import threading
-import zlib
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 import zstandard
 
+from tensorcodecs.errors import DecodeError, EncodeError
 from tensorcodecs.layout import CHUNK_VALUES
 
 Float32 = npt.NDArray[np.float32]
@@ -34,19 +37,27 @@ Payload = bytes | bytearray | memoryview
 
 MAGIC: Final = b"MTC"
 VERSION: Final = 1
-HEADER: Final = struct.Struct("<3sBBBHIIII")
-_CHECKED: Final = HEADER.size - 4  # the header's bytes that the checksum covers
+HEADER: Final = struct.Struct("<3sBIBBBBIII")
+_FIELDS: Final = struct.Struct("<BBBBIII")  # what the checksum covers of the header
+_CHECKED: Final = 8
+_CHECKSUM: Final = struct.Struct("<I")
 
 RAW: Final = 0
 ZSTD: Final = 1
+FIXED: Final = 2
+"""Huffman-coded with a shipped table."""
+OWN: Final = 3
+"""Huffman-coded with a table that the body describes."""
+ZERO: Final = 4
+"""Every value is zero; there is no body."""
 
-FRAME_VALUES_MAX: Final = 2**22  # 16 MiB of float32: one adapted layer's factors; a unit is 2**16
+FRAME_VALUES_MAX: Final = 2**22  # 16 MiB of float32: one adapted layer's factors
 
 VALUE_ABS_MAX: Final = 2.0**64
 """Largest magnitude that is encoded. Beyond it lies divergence, not training.
 
-Readers accept up to twice as much (rounding, sums), which leaves room below float32's 2**128 for
-any weighted sum: no frame can overflow an accumulator.
+Readers accept up to 64 times as much (rounding, codebooks), which leaves room below float32's
+2**128 for any weighted sum: no frame can overflow an accumulator.
 """
 
 # Level 1 finds matches in noise: they cost time and ratio. With a 64-entry table and matches of 7
@@ -55,22 +66,6 @@ any weighted sum: no frame can overflow an accumulator.
 _PARAMETERS: Final = zstandard.ZstdCompressionParameters.from_level(
     1, min_match=7, hash_log=6, write_content_size=True, write_checksum=False, write_dict_id=False
 )
-
-
-class DecodeError(ValueError):
-    """A payload is not a frame of this codec and length; the text says what is wrong with it."""
-
-
-class EncodeError(ValueError):
-    """A value can't be sent: NaN, infinite, or beyond VALUE_ABS_MAX.
-
-    `index` is the first such value's place in the chunk; `Layout.name_at` names its tensor.
-    """
-
-    def __init__(self, index: int, value: float) -> None:
-        super().__init__(f"value {index} is {value}; only finite values up to 2**64 can be sent")
-        self.index = index
-        self.value = value
 
 
 class _Scratch(threading.local):
@@ -95,23 +90,27 @@ scratch: Final = _Scratch()
 class Frame:
     """A frame whose header and checksum were found good."""
 
+    codec: int
     mode: int
+    bits: int
+    table: int
     numel: int
-    block: int
+    parameter: int
     body: memoryview
 
     @classmethod
-    def parse(cls, payload: Payload, codec_id: int, numel: int) -> Frame:
-        """Read the header of a frame that must be `codec_id`'s and hold `numel` values.
+    def read(cls, payload: Payload) -> Frame:
+        """Any codec's frame.
 
         Raises:
-            DecodeError: it is not one, is damaged, or has bytes missing or left over.
+            DecodeError: it is none, is damaged, or has bytes missing or left over.
         """
         data = memoryview(payload).cast("B")
         if len(data) < HEADER.size:
             raise DecodeError(f"{len(data)} bytes are too few for a frame's header")
-        header = HEADER.unpack_from(data)
-        magic, version, codec, mode, zero, values, block, size, checksum = header
+        magic, version, checksum, codec, mode, bits, table, numel, parameter, size = (
+            HEADER.unpack_from(data)
+        )
         if magic != MAGIC:
             raise DecodeError("not a frame: the first bytes are not MTC")
         if version != VERSION:
@@ -119,15 +118,34 @@ class Frame:
         body = data[HEADER.size :]
         if len(body) != size:
             raise DecodeError(f"the header announces {size} bytes, {len(body)} follow")
-        if zlib.crc32(body, zlib.crc32(data[:_CHECKED])) != checksum:
+        if checksum_of(data[_CHECKED:]) != checksum:
             raise DecodeError("the checksum does not match: damaged on the way")
-        if zero != 0:
-            raise DecodeError("reserved header bytes are not zero")
-        if codec != codec_id:
-            raise DecodeError(f"a frame of codec {codec}, expected {codec_id}")
-        if values != numel:
-            raise DecodeError(f"a frame of {values} values, expected {numel}")
-        return cls(mode, values, block, body)
+        if numel > FRAME_VALUES_MAX:
+            raise DecodeError(f"a frame of {numel} values; at most {FRAME_VALUES_MAX} are allowed")
+        return cls(codec, mode, bits, table, numel, parameter, body)
+
+    @classmethod
+    def parse(cls, payload: Payload, codec_id: int, numel: int) -> Frame:
+        """Read a frame that must be `codec_id`'s and hold `numel` values.
+
+        Raises:
+            DecodeError: it is not one, is damaged, or has bytes missing or left over.
+        """
+        frame = cls.read(payload)
+        if frame.codec != codec_id:
+            raise DecodeError(f"a frame of codec {frame.codec}, expected {codec_id}")
+        if frame.numel != numel:
+            raise DecodeError(f"a frame of {frame.numel} values, expected {numel}")
+        return frame
+
+    def require(self, *, bits: int = 0, table: int = 0) -> None:
+        """Refuse header fields that this codec does not use.
+
+        Raises:
+            DecodeError: one is not what it must be.
+        """
+        if (self.bits, self.table) != (bits, table):
+            raise DecodeError(f"{self.bits} bits and table {self.table} make no sense here")
 
     def split(self, side_bytes: int) -> tuple[Bytes, Bytes]:
         """The side data and the plane (`numel` bytes), both read-only, exactly as long as asked.
@@ -138,14 +156,26 @@ class Frame:
         if len(self.body) < side_bytes:
             raise DecodeError(f"{len(self.body)} bytes, but the side data alone is {side_bytes}")
         side = np.frombuffer(self.body[:side_bytes], np.uint8)
-        packed = self.body[side_bytes:]
+        return side, self.plane(self.body[side_bytes:], self.numel)
+
+    def plane(self, packed: memoryview, size: int) -> Bytes:
+        """A RAW or ZSTD plane of exactly `size` bytes.
+
+        Raises:
+            DecodeError: it is of another size, broken, or coded otherwise.
+        """
         if self.mode == RAW:
-            if len(packed) != self.numel:
-                raise DecodeError(f"a raw plane of {len(packed)} bytes, expected {self.numel}")
-            return side, np.frombuffer(packed, np.uint8)
+            if len(packed) != size:
+                raise DecodeError(f"a raw plane of {len(packed)} bytes, expected {size}")
+            return np.frombuffer(packed, np.uint8)
         if self.mode != ZSTD:
-            raise DecodeError(f"mode {self.mode} is not known")
-        return side, np.frombuffer(_decompress(packed, self.numel), np.uint8)
+            raise DecodeError(f"mode {self.mode} is not known here")
+        return np.frombuffer(_decompress(packed, size), np.uint8)
+
+
+def checksum_of(data: Payload) -> int:
+    """32 bits."""
+    return xxhash.xxh3_64_intdigest(data) & 0xFFFFFFFF
 
 
 def _decompress(packed: memoryview, size: int) -> bytes:
@@ -164,18 +194,46 @@ def _decompress(packed: memoryview, size: int) -> bytes:
     return plane
 
 
-def pack(codec_id: int, block: int, side: Bytes, plane: Bytes, *, lossless: bool) -> bytes:
+def seal(
+    out: Bytes, size: int, codec: int, mode: int, numel: int, parameter: int, *, bits: int, table: int
+) -> bytes:
+    """The frame whose body is out[HEADER.size : HEADER.size + size]; overwrites what is before."""
+    _FIELDS.pack_into(out, _CHECKED, codec, mode, bits, table, numel, parameter, size)
+    data = out.data[: HEADER.size + size]
+    data[:4] = MAGIC + bytes([VERSION])
+    _CHECKSUM.pack_into(data, 4, checksum_of(data[_CHECKED:]))
+    return data.tobytes()
+
+
+def pack(
+    codec_id: int, parameter: int, side: Bytes, plane: Bytes, *, lossless: bool
+) -> bytes:
     """A frame of `plane`'s length; the plane is compressed if `lossless` and where that pays."""
     mode, packed = RAW, plane.data
     if lossless and len(plane):
-        smaller = memoryview(scratch.compressor.compress(plane.data))
+        smaller = compressed(plane)
         # Below 1/32 (2 KiB of a chunk, 16 us at 1 Gbit/s) unpacking takes longer than sending.
         if len(smaller) <= len(plane) - len(plane) // 32 - 1:
             mode, packed = ZSTD, smaller
-    size = len(side) + len(packed)
-    head = HEADER.pack(MAGIC, VERSION, codec_id, mode, 0, len(plane), block, size, 0)[:_CHECKED]
-    checksum = zlib.crc32(packed, zlib.crc32(side.data, zlib.crc32(head)))
-    return b"".join((head, checksum.to_bytes(4, "little"), side.data, packed))
+    return assemble(codec_id, mode, len(plane), parameter, side.data, packed)
+
+
+def compressed(plane: Bytes) -> memoryview:
+    """zstd's Huffman stage over a plane."""
+    return memoryview(scratch.compressor.compress(plane.data))
+
+
+def assemble(
+    codec_id: int, mode: int, numel: int, parameter: int, *parts: Payload, bits: int = 0, table: int = 0
+) -> bytes:
+    """A frame of the parts one after another."""
+    size = sum(len(part) for part in parts)
+    fields = _FIELDS.pack(codec_id, mode, bits, table, numel, parameter, size)
+    total = xxhash.xxh3_64(fields)
+    for part in parts:
+        total.update(part)
+    checksum = _CHECKSUM.pack(total.intdigest() & 0xFFFFFFFF)
+    return b"".join((MAGIC, bytes([VERSION]), checksum, fields, *parts))
 
 
 def bytes_max(numel: int, side_bytes: int) -> int:
@@ -183,16 +241,16 @@ def bytes_max(numel: int, side_bytes: int) -> int:
     return HEADER.size + side_bytes + numel
 
 
-def require_vector(x_N: Float32) -> None:
+def require_vector(x_N: Float32, limit: int = FRAME_VALUES_MAX) -> None:
     """Refuse what our own caller must not pass: another type, shape or stride, or too much.
 
     Raises:
-        ValueError: not a contiguous 1-D float32 array of at most FRAME_VALUES_MAX values.
+        ValueError: not a contiguous 1-D float32 array of at most `limit` values.
     """
     if x_N.dtype != np.float32 or x_N.ndim != 1 or not x_N.flags.c_contiguous:
         raise ValueError(f"need a contiguous float32 vector, got {x_N.dtype} {x_N.shape}")
-    if len(x_N) > FRAME_VALUES_MAX:
-        raise ValueError(f"{len(x_N)} values; a frame holds at most {FRAME_VALUES_MAX}")
+    if len(x_N) > limit:
+        raise ValueError(f"{len(x_N)} values; a frame holds at most {limit}")
 
 
 def refuse_values(x_N: Float32) -> EncodeError:

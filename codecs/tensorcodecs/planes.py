@@ -9,15 +9,15 @@ Shape suffixes: N = values, W = bytes in a value.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import numpy.typing as npt
 
+from tensorcodecs.errors import DecodeError, EncodeError
 from tensorcodecs.frame import (
     VALUE_ABS_MAX,
     Bytes,
-    DecodeError,
     Float32,
     Frame,
     Payload,
@@ -28,6 +28,9 @@ from tensorcodecs.frame import (
     scratch,
 )
 from tensorcodecs.layout import CHUNK_VALUES
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _Bits = npt.NDArray[np.uint32]
 
@@ -46,7 +49,7 @@ class Planes:
 
     def __init__(self, name: str, codec_id: int, width: int) -> None:
         self.name = name
-        self._codec_id = codec_id
+        self.codec_id = codec_id
         self._width = width
 
     def bytes_max(self, numel: int) -> int:
@@ -74,7 +77,26 @@ class Planes:
                 np.copyto(plane_N[values], work_N, casting="unsafe")  # keeps the low byte
                 np.right_shift(work_N, 8, out=work_N)
         side = plane_WN[:-1].reshape(-1)
-        return pack(self._codec_id, 0, side, plane_WN[-1], lossless=True)
+        return pack(self.codec_id, 0, side, plane_WN[-1], lossless=True)
+
+    def encode_many(self, x_N: Float32) -> list[bytes]:
+        """See `Codec.encode_many`."""
+        require_vector(x_N, 2**62)
+        frames = []
+        for at in range(0, len(x_N), CHUNK_VALUES):
+            try:
+                frames.append(self.encode(x_N[at : at + CHUNK_VALUES]))
+            except EncodeError as error:
+                raise EncodeError(at + error.index, error.value) from None
+        return frames
+
+    def decode_many(self, payloads: Sequence[Payload], out_N: Float32) -> None:
+        """See `Codec.decode_many`."""
+        require_vector(out_N, 2**62)
+        if len(payloads) != max(1, -(-len(out_N) // CHUNK_VALUES)):
+            raise DecodeError(f"{len(payloads)} frames for {len(out_N)} values")
+        for unit, payload in enumerate(payloads):
+            self.decode_into(payload, out_N[unit * CHUNK_VALUES : (unit + 1) * CHUNK_VALUES])
 
     def decode_into(self, payload: Payload, out_N: Float32) -> None:
         """See `Codec.decode_into`."""
@@ -97,9 +119,10 @@ class Planes:
 
     def _read(self, payload: Payload, numel: int) -> list[Bytes]:
         """The planes of a frame, low byte first, checked."""
-        frame = Frame.parse(payload, self._codec_id, numel)
-        if frame.block != 0:
-            raise DecodeError(f"{self.name} has no blocks, the header says {frame.block}")
+        frame = Frame.parse(payload, self.codec_id, numel)
+        frame.require()
+        if frame.parameter != 0:
+            raise DecodeError(f"{self.name} has no blocks, the header says {frame.parameter}")
         side, top_N = frame.split((self._width - 1) * numel)
         if numel and np.bitwise_and(top_N, 0x7F).max() >= _TOP_LIMIT:
             raise DecodeError("a value is NaN, infinite or beyond 2**65")
