@@ -382,7 +382,10 @@ class Driver:
             self.feed(ContributionDelivered(to, plan.round, span))
 
     async def _close_span(self, plan: Plan, span: int, keep: bool) -> None:
-        outcome = await self.exchange.close_span(plan, span, keep=keep)
+        closed = await self.exchange.close_span(plan, span, keep=keep)
+        for error in closed.refused:
+            self.refused(error)
+        outcome = closed.outcome
         self.feed(SpanReduced(outcome.header, outcome.signed))
 
     async def _push(self, effect: PushOutcome) -> None:

@@ -1,9 +1,12 @@
 """The data plane of a round: contributions in, means out, and whoever missed something is served.
 
 Everything bulky happens here and nothing is decided here: the group machine says what to send,
-close, push and fetch; this module streams, folds and verifies. A span's accumulator knows for each
-sender which units are inside, so a contribution that is sent again, or breaks off, is never folded
-twice, and the outcome's proof says exactly whose work is in which unit.
+close, push and fetch; this module streams, keeps and verifies. A span keeps every sender's coded units
+until it is closed, so a contribution that is sent again, or breaks off, never counts twice, and the
+outcome's proof says exactly whose work is in which unit. Then each unit is reduced from its
+contributions in the order of their senders' ids: whoever has the same contributions gets the same
+bytes, whenever they arrived. Coded contributions are many times smaller than an accumulator, and
+nothing decoded outlives its unit.
 
 Arithmetic runs in one codec thread, in batches, so that the event loop only moves bytes.
 """
@@ -80,13 +83,20 @@ class Outcome:
 
 @dataclass(slots=True)
 class _OpenSpan:
-    """An accumulator and who is in it."""
+    """What has come in for a span: sender -> unit -> coded bytes."""
 
-    reducer: Reducer
     opened_s: float
     weights: dict[PeerId, float] = field(default_factory=dict)
-    masks: dict[PeerId, bytearray] = field(default_factory=dict)
+    parts: dict[PeerId, dict[int, bytes]] = field(default_factory=dict)
     closed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """A span's outcome, and who sent units that turned out to be no such thing."""
+
+    outcome: Outcome
+    refused: tuple[RemoteProtocolError, ...]
 
 
 def content_digest(units: Iterable[bytes]) -> Digest:
@@ -105,11 +115,11 @@ class Exchange:
         self,
         transport: Transport,
         signer: Signer,
-        reducer: Callable[[int, int], Reducer],
+        reducer: Reducer,
     ) -> None:
         self._transport = transport
         self._signer = signer
-        self._new_reducer = reducer
+        self._reducer = reducer
         self._codec = ThreadPoolExecutor(1, thread_name_prefix="codec")
         self._own: tuple[int, Contribution] | None = None
         self._spans: dict[tuple[int, int, int], _OpenSpan] = {}
@@ -159,7 +169,7 @@ class Exchange:
                 for start in range(span.start, span.stop, BATCH_UNITS):
                     stop = min(start + BATCH_UNITS, span.stop)
                     payloads = await self._compute(
-                        lambda a=start, b=stop: [contribution.encode(u) for u in range(a, b)]  # type: ignore[misc]
+                        lambda a=start, b=stop: contribution.encode(a, b)  # type: ignore[misc]
                     )
                     await _send_units(stream, start, payloads)
             await stream.finish()
@@ -178,11 +188,12 @@ class Exchange:
             if state.closed:
                 return False
             stop = min(start + BATCH_UNITS, span.stop)
-            fresh = [u for u in range(start, stop) if not _has(state, me, u - span.start)]
+            if all(unit in state.parts.get(me, {}) for unit in range(start, stop)):
+                continue
             payloads = await self._compute(
-                lambda units=fresh: [(u, contribution.encode(u)) for u in units]  # type: ignore[misc]
+                lambda a=start, b=stop: contribution.encode(a, b)  # type: ignore[misc]
             )
-            await self._fold(state, me, contribution.weight, span.start, span.stop, payloads)
+            self._keep(state, me, contribution.weight, enumerate(payloads, start))
         return True
 
     # ── contributions, incoming ──────────────────────────────────────────────────────────
@@ -212,69 +223,64 @@ class Exchange:
                         raise RemoteProtocolError(stream.peer, f"unit {unit} is not in its span")
                 batch += units
             if batch and (done or len(batch) >= BATCH_UNITS):
-                await self._fold(
-                    state, stream.peer, header.weight, header.start, header.stop, batch
-                )
+                await self._check(stream.peer, batch)
+                self._keep(state, stream.peer, header.weight, batch)
                 batch = []
-        whole = all(_has(state, stream.peer, i) for i in range(header.stop - header.start))
+        whole = len(state.parts.get(stream.peer, ())) == header.stop - header.start
         if not whole and not state.closed:
             raise RemoteProtocolError(stream.peer, "ended its contribution early")
         await _reply(stream, YES)
         return whole
 
-    async def _fold(
-        self,
-        state: _OpenSpan,
-        sender: PeerId,
-        weight: float,
-        start: int,
-        stop: int,
-        batch: list[tuple[int, bytes]],
+    async def _check(self, sender: PeerId, batch: Sequence[tuple[int, bytes]]) -> None:
+        """Refuse what can't be units of this run before it is kept."""
+
+        def check() -> tuple[int, str] | None:
+            for unit, payload in batch:
+                try:
+                    self._reducer.check(unit, payload)
+                except ValueError as error:
+                    return unit, str(error)
+            return None
+
+        fault = await self._compute(check)
+        if fault is not None:
+            raise RemoteProtocolError(sender, f"unit {fault[0]}: {fault[1]}")
+
+    def _keep(
+        self, state: _OpenSpan, sender: PeerId, weight: float, batch: Iterable[tuple[int, bytes]]
     ) -> None:
-        if state.closed or not batch:
+        """What is kept already, from an earlier try, stays; so does the weight it came with."""
+        if state.closed:
             return
         state.weights.setdefault(sender, weight)
-        weight = state.weights[sender]  # one weight per sender, whatever it says the second time
-        mask = state.masks.setdefault(sender, bytearray((stop - start + 7) // 8))
-        fresh: list[tuple[int, bytes]] = []
-        for unit, payload in batch:  # what is inside already, from an earlier try, is not again
-            offset = unit - start
-            if not mask[offset // 8] >> (offset % 8) & 1:
-                mask[offset // 8] |= 1 << (offset % 8)
-                fresh.append((unit, payload))
-        folded = 0
-
-        def fold() -> None:
-            nonlocal folded
-            for unit, payload in fresh:
-                state.reducer.fold(unit, weight, payload)
-                folded += 1
-
-        try:
-            await self._compute(fold)
-        except ValueError as error:
-            raise RemoteProtocolError(sender, f"unit {fresh[folded][0]}: {error}") from None
-        finally:
-            for unit, _ in fresh[folded:]:
-                offset = unit - start
-                mask[offset // 8] &= ~(1 << (offset % 8))
+        kept = state.parts.setdefault(sender, {})
+        for unit, payload in batch:
+            kept.setdefault(unit, payload)
 
     def _span(self, number: int, start: int, stop: int) -> _OpenSpan:
         key = (number, start, stop)
         if key not in self._spans:
-            self._spans[key] = _OpenSpan(self._new_reducer(start, stop), time.monotonic())
+            self._spans[key] = _OpenSpan(time.monotonic())
         return self._spans[key]
 
     # ── outcomes ─────────────────────────────────────────────────────────────────────────
-    async def close_span(self, plan: Plan, index: int, *, keep: bool) -> Outcome:
-        """Reduce, sign and hold what is inside the accumulator (nothing if not `keep`)."""
+    async def close_span(self, plan: Plan, index: int, *, keep: bool) -> Closed:
+        """Reduce, sign and hold what has come in for the span (nothing if not `keep`)."""
         span = plan.spans[index]
         state = self._span(plan.round, span.start, span.stop)
         state.closed = True
-        units = tuple(await self._compute(state.reducer.finish))
-        contributors = _contributors(state, span.stop - span.start) if keep else ()
-        if not contributors:
-            units = (b"",) * (span.stop - span.start)
+        units: list[bytes] = [b""] * (span.stop - span.start)
+        faults: list[RemoteProtocolError] = []
+        if keep:
+            for start in range(span.start, span.stop, BATCH_UNITS):
+                stop = min(start + BATCH_UNITS, span.stop)
+                reduced = await self._compute(
+                    lambda a=start, b=stop: self._reduce(state, range(a, b))  # type: ignore[misc]
+                )
+                units[start - span.start : stop - span.start] = reduced[0]
+                faults += reduced[1]
+        contributors = _contributors(state, span.start, span.stop) if keep else ()
         header = OutcomeHeader(
             plan.run,
             plan.group,
@@ -288,10 +294,26 @@ class Exchange:
             sum(map(len, units)),
             time.monotonic() - state.opened_s,
         )
-        outcome = Outcome(header, sign(self._signer, OUTCOME_DOMAIN, header), units)
+        outcome = Outcome(header, sign(self._signer, OUTCOME_DOMAIN, header), tuple(units))
         self.hold(outcome)
         self._spans.pop((plan.round, span.start, span.stop), None)
-        return outcome
+        return Closed(outcome, tuple(faults))
+
+    def _reduce(
+        self, state: _OpenSpan, units: range
+    ) -> tuple[list[bytes], list[RemoteProtocolError]]:
+        """Coded means; what turns out to be no unit is taken out of the span."""
+        coded: list[bytes] = []
+        faults: list[RemoteProtocolError] = []
+        for unit in units:
+            senders = [peer for peer in sorted(state.parts) if unit in state.parts[peer]]
+            parts = [(state.weights[peer], state.parts[peer][unit]) for peer in senders]
+            reduced = self._reducer.reduce(unit, parts)
+            coded.append(reduced.payload)
+            for index, reason in reduced.refused:
+                faults.append(RemoteProtocolError(senders[index], f"unit {unit}: {reason}"))
+                del state.parts[senders[index]][unit]
+        return coded, faults
 
     def drop_span(self, number: int, start: int, stop: int) -> None:
         state = self._spans.pop((number, start, stop), None)
@@ -469,19 +491,20 @@ def _units_in(sender: PeerId, kind: int, data: bytes) -> list[tuple[int, bytes]]
     return found
 
 
-def _has(state: _OpenSpan, sender: PeerId, offset: int) -> bool:
-    mask = state.masks.get(sender)
-    return mask is not None and bool(mask[offset // 8] >> (offset % 8) & 1)
-
-
-def _contributors(state: _OpenSpan, size: int) -> tuple[Contributor, ...]:
+def _contributors(state: _OpenSpan, start: int, stop: int) -> tuple[Contributor, ...]:
     """Everyone with at least one unit inside, in order; full masks are left out."""
     found: list[Contributor] = []
-    for peer in sorted(state.masks):
-        inside = sum(byte.bit_count() for byte in state.masks[peer])
-        if inside:
-            mask = b"" if inside == size else bytes(state.masks[peer])
-            found.append(Contributor(peer, state.weights[peer], mask))
+    for peer in sorted(state.parts):
+        units = state.parts[peer]
+        if not units:
+            continue
+        mask = b""
+        if len(units) < stop - start:
+            inside = bytearray((stop - start + 7) // 8)
+            for unit in units:
+                inside[(unit - start) // 8] |= 1 << ((unit - start) % 8)
+            mask = bytes(inside)
+        found.append(Contributor(peer, state.weights[peer], mask))
     return tuple(found)
 
 

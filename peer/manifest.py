@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Final, Literal, Self
 from peer.errors import ManifestError, VersionError
 from protocols import limits
 from protocols.types import RunId
-from tensorcodecs import CODEC_NAMES
+from tensorcodecs import CODEC_NAMES, get_codec
 
 CONFIG_DEPTH_MAX: Final = 4  # rope_parameters of layer types is the deepest that real configs go
 CONFIG_ITEMS_MAX: Final = 1024  # layer_types of a deep model has a few hundred
@@ -268,12 +268,15 @@ class ScheduleSpec:
 class CodecSpec:
     """How contributions are coded on the wire."""
 
-    name: str = "int8"
+    name: str = "q4"
     """One of tensorcodecs' codecs. lora sends its small factors exactly, whatever this says."""
 
     def __post_init__(self) -> None:
-        _need(self.name in CODEC_NAMES, "codec.name", f"must be one of {', '.join(CODEC_NAMES)}",
-              self.name)  # fmt: skip
+        try:
+            get_codec(self.name)
+        except ValueError:
+            expected = f"must be one of {', '.join(CODEC_NAMES)}, or ecsq:A with A from 0.45 to 4"
+            _need(False, "codec.name", expected, self.name)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

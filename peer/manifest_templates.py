@@ -70,7 +70,7 @@ lr = 0.7
 momentum = 0.5          # 0.9 where a round has hundreds of steps
 
 [codec]
-name = "int8"           # how updates travel; or int8-raw, bf16, fp32
+name = "q4"             # how updates travel: 3.1 bits a value; or low, min, high, fp32 ...
 """
     + _COMMON_TAIL
 )

@@ -330,7 +330,7 @@ async def _assemble(
         ),
         time.monotonic(),
     )
-    exchange = Exchange(net.transport, signer, learner.method.reducer)
+    exchange = Exchange(net.transport, signer, learner.method.reducer())
     peer = Peer(signer, seat, hub, manifest, net, machine, learner)
     founded_ms = seat.memory.founded_ms or int(time.time() * 1000)
     seat.remember(founded_ms=founded_ms)

@@ -51,7 +51,7 @@ def test_the_template_shows_the_values_of_the_default_run() -> None:
         ("warmup_steps", "warmup_step", "did you mean inner.warmup_steps?"),
         ("[outer]", "[outr]", "outr: unknown key; did you mean outer?"),
         ('kind = "pretrain"', 'kind = "x"', "method.kind: must be pretrain or lora"),
-        ('name = "int8"', 'name = "int9"', "codec.name: must be one of"),
+        ('name = "q4"', 'name = "q5"', "codec.name: must be one of"),
         ('"llama"', '"evil"', "model.config.model_type: must be llama"),
         ("hidden_size = 256", "hidden_sise = 256", "did you mean model.config.hidden_size?"),
         ("vocab_size = 320", "vocab_size = 200", "model.config.vocab_size: must be at least 257"),

@@ -12,9 +12,10 @@ import numpy.typing as npt
 import torch
 
 from peer.train.method import ArrayMap, Contribution, Reducer, StepResult
-from tensorcodecs import CHUNK_VALUES, WeightedMean, get_codec
+from peer.train.pretrain import MeanReducer
+from tensorcodecs import CHUNK_VALUES, get_codec
 
-CODEC = get_codec("int8")
+CODEC = get_codec("high")
 
 
 class ToyContribution:
@@ -24,8 +25,8 @@ class ToyContribution:
         self.weight = weight
         self._delta = delta
 
-    def encode(self, unit: int) -> bytes:
-        return CODEC.encode(self._delta[unit * CHUNK_VALUES : (unit + 1) * CHUNK_VALUES])
+    def encode(self, start: int, stop: int) -> list[bytes]:
+        return CODEC.encode_many(self._delta[start * CHUNK_VALUES : stop * CHUNK_VALUES])
 
 
 class ToyMethod:
@@ -67,12 +68,9 @@ class ToyMethod:
             if mine[unit]:
                 self._x_N[where] += self._pending_N[where]
 
-    def reducer(self, start: int, stop: int) -> Reducer:
-        sizes = [
-            min(CHUNK_VALUES, len(self._theta_N) - unit * CHUNK_VALUES)
-            for unit in range(start, stop)
-        ]
-        return WeightedMean(sizes, CODEC, first=start)
+    def reducer(self) -> Reducer:
+        left = range(len(self._theta_N), 0, -CHUNK_VALUES)
+        return MeanReducer([min(CHUNK_VALUES, size) for size in left], CODEC)
 
     def state(self) -> ArrayMap:
         return {"theta": self._theta_N.copy()}

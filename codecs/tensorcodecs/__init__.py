@@ -24,7 +24,7 @@ from tensorcodecs.ecsq import Ecsq
 from tensorcodecs.errors import DecodeError, EncodeError
 from tensorcodecs.frame import FRAME_VALUES_MAX, VALUE_ABS_MAX
 from tensorcodecs.layout import CHUNK_VALUES, Layout
-from tensorcodecs.reduce import WEIGHT_MAX, WEIGHT_MIN, WeightedMean
+from tensorcodecs.reduce import WEIGHT_MAX, WEIGHT_MIN, Reduced, WeightedMean, reduce_unit
 
 __all__ = [
     "CHUNK_VALUES",
@@ -38,7 +38,9 @@ __all__ = [
     "Ecsq",
     "EncodeError",
     "Layout",
+    "Reduced",
     "WeightedMean",
     "codec_of",
     "get_codec",
+    "reduce_unit",
 ]

@@ -1,17 +1,24 @@
-"""The weighted mean of coded units, folded in as they arrive.
+"""The weighted mean of coded units.
 
-Per unit: acc = sum of weight * values, total = sum of weights, mean = acc / total. Units arrive
-independently, so each has its own contributors and total. What is folded in the same order gives
-the same bytes.
+Per unit: acc = sum of weight * values, total = sum of weights, mean = acc / total, coded again.
+`reduce_unit` takes one unit's contributions together, in an order that the caller fixes, so that
+anybody who has them can compute the same bytes; it keeps one unit's accumulator, which stays in
+the core's cache, and never a decoded copy of the whole. `WeightedMean` folds in what arrives when
+it arrives; the same order gives the same bytes there too.
 """
 
 from __future__ import annotations
 
+import threading
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
 
 import numpy as np
 
+from tensorcodecs.codec import codec_of
+from tensorcodecs.errors import DecodeError
 from tensorcodecs.frame import VALUE_ABS_MAX
+from tensorcodecs.layout import CHUNK_VALUES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,6 +31,64 @@ WEIGHT_MIN: Final = 2.0**-16
 WEIGHT_MAX: Final = 2.0**40
 """A weight is in tokens, perhaps damped for age. With values below 2**65 (see `VALUE_ABS_MAX`) it
 takes 2**22 contributions of the largest weight to overflow an accumulator."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reduced:
+    """One unit's coded mean."""
+
+    payload: bytes
+    """b"" if nothing was in it."""
+    refused: tuple[tuple[int, str], ...]
+    """(index, what is wrong) of contributions that are no frames of this unit; left out."""
+
+
+class _Scratch(threading.local):
+    def __init__(self) -> None:
+        self.sums: Float32 = np.empty(CHUNK_VALUES, np.float32)
+
+
+_scratch: Final = _Scratch()
+
+
+def reduce_unit(parts: Sequence[tuple[float, Payload]], numel: int, codec: Codec) -> Reduced:
+    """The mean of (weight, frame) pairs, folded in this order, coded with `codec`.
+
+    The frames may be of any codec. The same parts give the same bytes on every machine.
+
+    Raises:
+        ValueError: a weight outside WEIGHT_MIN..WEIGHT_MAX, or more than CHUNK_VALUES values.
+    """
+    if numel > CHUNK_VALUES:
+        raise ValueError(f"{numel} values; a unit has at most {CHUNK_VALUES}")
+    sum_N = _scratch.sums[:numel]
+    sum_N.fill(0)
+    total = 0.0
+    refused = []
+    for index, (weight, payload) in enumerate(parts):
+        _check_weight(weight)
+        try:
+            codec_of(payload).accumulate(payload, weight, sum_N)
+        except DecodeError as error:
+            refused.append((index, str(error)))
+        else:
+            total += weight
+    if total == 0:
+        return Reduced(b"", tuple(refused))
+    return Reduced(_coded_mean(sum_N, total, codec), tuple(refused))
+
+
+def _check_weight(weight: float) -> None:
+    if not WEIGHT_MIN <= weight <= WEIGHT_MAX:  # NaN is not
+        raise ValueError(f"weight {weight} is outside {WEIGHT_MIN}..{WEIGHT_MAX}")
+
+
+def _coded_mean(sum_N: Float32, total: float, codec: Codec) -> bytes:
+    """Overwrites `sum_N` with the mean."""
+    np.multiply(sum_N, np.float32(1 / total), out=sum_N)
+    # A hostile frame may carry more than what we would send; the mean must stay sendable.
+    np.clip(sum_N, -VALUE_ABS_MAX, VALUE_ABS_MAX, out=sum_N)
+    return codec.encode(sum_N)
 
 
 class WeightedMean:
@@ -60,8 +125,7 @@ class WeightedMean:
         if not 0 <= index < len(self._sizes):
             last = self._first + len(self._sizes) - 1
             raise ValueError(f"unit {unit} is outside the span {self._first}..{last}")
-        if not WEIGHT_MIN <= weight <= WEIGHT_MAX:  # NaN is not
-            raise ValueError(f"weight {weight} is outside {WEIGHT_MIN}..{WEIGHT_MAX}")
+        _check_weight(weight)
         total = self._sums[index]
         if total is None:
             total = np.zeros(self._sizes[index], np.float32)
@@ -79,10 +143,7 @@ class WeightedMean:
             if total is None:
                 coded.append(b"")
                 continue
-            np.multiply(total, np.float32(1 / self._totals[index]), out=total)
-            # A hostile frame may carry up to twice what we would send; the mean must stay sendable.
-            np.clip(total, -VALUE_ABS_MAX, VALUE_ABS_MAX, out=total)
-            coded.append(self._codec.encode(total))
+            coded.append(_coded_mean(total, self._totals[index], self._codec))
             self._sums[index] = None
             self._totals[index] = 0.0
         return coded

@@ -28,15 +28,19 @@ from peer.train.method import ArrayMap, Reducer, StepResult
 from tensorcodecs import VALUE_ABS_MAX, DecodeError
 
 
+UnitCoder = Callable[[int, int], list[bytes]]
+"""The coded bytes of units start..stop-1."""
+
+
 @dataclass(frozen=True, slots=True)
 class FrozenWork:
     """A contribution: what `unit_bytes` codes, which nothing changes any more."""
 
     weight: float
-    unit_bytes: Callable[[int], bytes]
+    unit_bytes: UnitCoder
 
-    def encode(self, unit: int) -> bytes:
-        return self.unit_bytes(unit)
+    def encode(self, start: int, stop: int) -> list[bytes]:
+        return self.unit_bytes(start, stop)
 
 
 @dataclass(slots=True)
@@ -75,16 +79,16 @@ class FlatMethod(ABC):
         """The unit's values in theta."""
 
     @abstractmethod
-    def _freeze(self, x_N: Float32) -> tuple[Float32, Callable[[int], bytes]]:
-        """(theta - x, coded bytes by unit). `x_N` is a copy that may be overwritten."""
+    def _freeze(self, x_N: Float32) -> tuple[Float32, UnitCoder]:
+        """(theta - x, coded bytes of units start..stop-1). `x_N` is a copy that may be overwritten."""
 
     @abstractmethod
     def _outer_step(self, unit: int, payload: bytes) -> None:
         """Move the outer state of one unit. Raises DecodeError before anything changes."""
 
     @abstractmethod
-    def reducer(self, start: int, stop: int) -> Reducer:
-        """A fresh reducer for units start..stop-1."""
+    def reducer(self) -> Reducer:
+        """How contributions are averaged."""
 
     @abstractmethod
     def export(self, folder: str) -> None:

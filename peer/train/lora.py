@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import struct
 import warnings
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, cast
@@ -25,13 +25,13 @@ import torch
 
 from peer.errors import ManifestError
 from peer.manifest import InnerSpec, MethodSpec
-from peer.train.flat import FlatMethod
+from peer.train.flat import FlatMethod, UnitCoder
 from peer.train.inner import Float32, Inner, save_model
 from peer.train.lowrank import Factors, mean_product
 from peer.train.method import Reducer
 from peer.train.models import generator_of
 from protocols import limits
-from tensorcodecs import FRAME_VALUES_MAX, VALUE_ABS_MAX, DecodeError, get_codec
+from tensorcodecs import FRAME_VALUES_MAX, VALUE_ABS_MAX, DecodeError, Reduced, get_codec
 
 PARTS_MAX: Final = 64  # contributions to one unit; a roster is smaller
 
@@ -51,7 +51,12 @@ class Adapter:
     where: slice
 
     def encode(self, flat_N: Float32) -> bytes:
-        return _HEADER.pack(self.m, self.r, self.n) + _CODEC.encode(flat_N[self.where])
+        """This pair's part of the flat vector."""
+        return self.frame(flat_N[self.where])
+
+    def frame(self, values: Float32) -> bytes:
+        """A, then B, with their shape."""
+        return _HEADER.pack(self.m, self.r, self.n) + _CODEC.encode(values)
 
     def decode(self, payload: bytes) -> Float32:
         """The pair's values, A then B.
@@ -76,44 +81,44 @@ class Adapter:
 
 
 class ProductMean:
-    """Reducer: the mean of products of each adapter in a span, at the adapters' own rank."""
+    """Reducer: the mean of products of each adapter, at the adapters' own rank."""
 
-    def __init__(self, adapters: list[Adapter], start: int) -> None:
+    def __init__(self, adapters: list[Adapter]) -> None:
         self._adapters = adapters
-        self._start = start
-        self._parts: list[list[tuple[float, Float32]]] = [[] for _ in adapters]
-        self.tails: list[float] = []
-        """After `finish`: the norm of what each unit's rank could not hold."""
+        self.tails: dict[int, float] = {}
+        """Per unit, of its last mean: the norm of what its rank could not hold."""
 
-    def fold(self, unit: int, weight: float, payload: bytes) -> None:
-        index = unit - self._start
-        if not 0 <= index < len(self._adapters):
-            raise ValueError(f"unit {unit} is outside the span")
-        if not 0 < weight < 2.0**60:
-            raise ValueError(f"a weight of {weight}")
-        if len(self._parts[index]) >= PARTS_MAX:
+    def check(self, unit: int, payload: bytes) -> None:
+        """See `Reducer.check`."""
+        self._adapters[unit].decode(payload)
+
+    def reduce(self, unit: int, parts: Sequence[tuple[float, bytes]]) -> Reduced:
+        """See `Reducer.reduce`.
+
+        Raises:
+            ValueError: more than PARTS_MAX contributions, or a weight that is none.
+        """
+        if len(parts) > PARTS_MAX:
             raise ValueError(f"more than {PARTS_MAX} contributions to unit {unit}")
-        self._parts[index].append((weight, self._adapters[index].decode(payload)))
-
-    def finish(self) -> list[bytes]:
-        coded = []
-        self.tails = []
-        for adapter, parts in zip(self._adapters, self._parts, strict=True):
-            if not parts:
-                coded.append(b"")
-                self.tails.append(0.0)
-                continue
-            total = sum(weight for weight, _ in parts)
-            pairs = [(weight / total, adapter.split(values)) for weight, values in parts]
-            (A, B), tail = mean_product(pairs)
-            values = np.concatenate([A.ravel(), B.ravel()])
-            # Hostile factors can be huge and still pass; what comes of them must stay sendable.
-            flat = np.clip(values, -VALUE_ABS_MAX, VALUE_ABS_MAX).astype(np.float32)
-            frame = _HEADER.pack(adapter.m, adapter.r, adapter.n) + _CODEC.encode(flat)
-            coded.append(frame)
-            self.tails.append(tail)
-            parts.clear()
-        return coded
+        adapter = self._adapters[unit]
+        whole: list[tuple[float, Float32]] = []
+        refused = []
+        for index, (weight, payload) in enumerate(parts):
+            if not 0 < weight < 2.0**60:
+                raise ValueError(f"a weight of {weight}")
+            try:
+                whole.append((weight, adapter.decode(payload)))
+            except DecodeError as error:
+                refused.append((index, str(error)))
+        if not whole:
+            return Reduced(b"", tuple(refused))
+        total = sum(weight for weight, _ in whole)
+        pairs = [(weight / total, adapter.split(values)) for weight, values in whole]
+        (A, B), self.tails[unit] = mean_product(pairs)
+        values = np.concatenate([A.ravel(), B.ravel()])
+        # Hostile factors can be huge and still pass; what comes of them must stay sendable.
+        flat = np.clip(values, -VALUE_ABS_MAX, VALUE_ABS_MAX).astype(np.float32)
+        return Reduced(adapter.frame(flat), tuple(refused))
 
 
 class LoraMethod(FlatMethod):
@@ -146,8 +151,8 @@ class LoraMethod(FlatMethod):
         self._adapters = _adapters(made)
         super().__init__(made, len(self._adapters), {})
 
-    def reducer(self, start: int, stop: int) -> Reducer:
-        return ProductMean(self._adapters[start:stop], start)
+    def reducer(self) -> Reducer:
+        return ProductMean(self._adapters)
 
     def export(self, folder: str) -> None:
         """Write the merged model to `folder` and the adapter alone to `folder`/adapter."""
@@ -161,8 +166,11 @@ class LoraMethod(FlatMethod):
     def _slice(self, unit: int) -> slice:
         return self._adapters[unit].where
 
-    def _freeze(self, x_N: Float32) -> tuple[Float32, Callable[[int], bytes]]:
-        return self._theta_N - x_N, lambda unit: self._adapters[unit].encode(x_N)
+    def _freeze(self, x_N: Float32) -> tuple[Float32, UnitCoder]:
+        def encode(start: int, stop: int) -> list[bytes]:
+            return [adapter.encode(x_N) for adapter in self._adapters[start:stop]]
+
+        return self._theta_N - x_N, encode
 
     def _outer_step(self, unit: int, payload: bytes) -> None:
         adapter = self._adapters[unit]

@@ -20,6 +20,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from tensorcodecs import Reduced
+
 ArrayMap = dict[str, npt.NDArray[Any]]
 
 
@@ -38,22 +40,24 @@ class Contribution(Protocol):
     def weight(self) -> float:
         """Tokens behind it; 0 means there is nothing to send."""
 
-    def encode(self, unit: int) -> bytes:
-        """The coded bytes of one unit, at most `limits.UNIT_BYTES_MAX`. Deterministic."""
+    def encode(self, start: int, stop: int) -> list[bytes]:
+        """The coded bytes of units start..stop-1, each at most `limits.UNIT_BYTES_MAX`.
+        Deterministic."""
 
 
 class Reducer(Protocol):
-    """Folds coded units into a weighted mean. One per span and round."""
+    """Turns coded contributions into coded means, unit by unit. Keeps nothing between calls."""
 
-    def fold(self, unit: int, weight: float, payload: bytes) -> None:
-        """Fold `payload` in. On an error nothing of it is kept.
+    def check(self, unit: int, payload: bytes) -> None:
+        """Look a stranger's unit over as it arrives: whole, and of the right kind and size.
 
         Raises:
-            ValueError: not a valid coded unit (`tensorcodecs.DecodeError` is one).
+            ValueError: it is not (`tensorcodecs.DecodeError` is one).
         """
 
-    def finish(self) -> list[bytes]:
-        """One coded payload per unit of the span, in order; b"" where nothing was folded."""
+    def reduce(self, unit: int, parts: Sequence[tuple[float, bytes]]) -> Reduced:
+        """The coded weighted mean of (weight, payload) pairs, all of which passed `check`, in
+        this order. A pure function: whoever has the same parts gets the same bytes."""
 
 
 class Method(Protocol):
@@ -76,8 +80,8 @@ class Method(Protocol):
         work is kept too and so counts in the next round.
         """
 
-    def reducer(self, start: int, stop: int) -> Reducer:
-        """A fresh reducer for units start..stop-1. Called from the codec thread."""
+    def reducer(self) -> Reducer:
+        """How this method's contributions are averaged. It is used in the codec thread."""
 
     def state(self) -> ArrayMap:
         """The outer state, the same on every peer: copies, safe to keep. Names are stable."""

@@ -13,16 +13,34 @@ Shapes: N = all parameters (tied ones once), U = values of one unit.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from peer.manifest import OuterSpec
-from peer.train.flat import FlatMethod
+from peer.train.flat import FlatMethod, UnitCoder
 from peer.train.inner import Float32, Inner, save_model
 from peer.train.method import Reducer
-from tensorcodecs import CHUNK_VALUES, Codec, WeightedMean
+from tensorcodecs import CHUNK_VALUES, Codec, Reduced, codec_of, reduce_unit
+from tensorcodecs.frame import Frame
+
+
+class MeanReducer:
+    """Reducer: the weighted mean of each unit, coded like the contributions."""
+
+    def __init__(self, sizes: Sequence[int], codec: Codec) -> None:
+        """`sizes`: values in each unit."""
+        self._sizes = tuple(sizes)
+        self._codec = codec
+
+    def check(self, unit: int, payload: bytes) -> None:
+        """See `Reducer.check`."""
+        Frame.parse(payload, codec_of(payload).codec_id, self._sizes[unit])
+
+    def reduce(self, unit: int, parts: Sequence[tuple[float, bytes]]) -> Reduced:
+        """See `Reducer.reduce`."""
+        return reduce_unit(parts, self._sizes[unit], self._codec)
 
 
 class PretrainMethod(FlatMethod):
@@ -37,8 +55,8 @@ class PretrainMethod(FlatMethod):
         self._mean = np.empty(CHUNK_VALUES, np.float32)
         self._look = np.empty(CHUNK_VALUES, np.float32)
 
-    def reducer(self, start: int, stop: int) -> Reducer:
-        return WeightedMean.of_span(self.inner.layout, start, stop, self._codec)
+    def reducer(self) -> Reducer:
+        return MeanReducer(self.inner.layout.unit_sizes(), self._codec)
 
     def export(self, folder: str) -> None:
         with self.outer_model() as model:
@@ -47,9 +65,13 @@ class PretrainMethod(FlatMethod):
     def _slice(self, unit: int) -> slice:
         return self.inner.layout.unit_slice(unit)
 
-    def _freeze(self, x_N: Float32) -> tuple[Float32, Callable[[int], bytes]]:
+    def _freeze(self, x_N: Float32) -> tuple[Float32, UnitCoder]:
         delta_N = np.subtract(self._theta_N, x_N, out=x_N)
-        return delta_N, lambda unit: self._codec.encode(delta_N[self._slice(unit)])
+
+        def encode(start: int, stop: int) -> list[bytes]:
+            return self._codec.encode_many(delta_N[start * CHUNK_VALUES : stop * CHUNK_VALUES])
+
+        return delta_N, encode
 
     def _outer_step(self, unit: int, payload: bytes) -> None:
         where = self._slice(unit)

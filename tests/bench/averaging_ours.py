@@ -27,6 +27,7 @@ from peer.net.transport import Stream
 from peer.observe import events as ev
 from peer.train.method import ArrayMap
 from peer.transfer import TensorNote
+from peer.train.pretrain import MeanReducer
 from protocols import limits
 from protocols.events import RecordIssued, RecordSeen, StateReady
 from protocols.group import GroupConfig, GroupMachine
@@ -34,11 +35,10 @@ from protocols.identity import Signer
 from protocols.messages import AssetQuery, Plan
 from protocols.records import PeerRecord, sign_record
 from protocols.types import Digest, RunId
-from tensorcodecs import CHUNK_VALUES, WeightedMean, get_codec
+from tensorcodecs import CHUNK_VALUES, Codec, get_codec
 from tests.bench.tensors import Float32, check, contribution
 from tests.bench.worker import Reply, serve_async
 
-_CODEC: Final = get_codec("int8-raw")  # a fast line: what zstd saves costs more than it is worth
 _RUN: Final = RunId("be" * 32)
 _ROUND_S: Final = 0.3
 _EXCHANGE_S: Final = 120.0
@@ -50,11 +50,12 @@ class _Tensor:
 
     weight = 1.0
 
-    def __init__(self, values: Float32) -> None:
+    def __init__(self, values: Float32, codec: Codec) -> None:
         self._values = values
+        self._codec = codec
 
-    def encode(self, unit: int) -> bytes:
-        return _CODEC.encode(self._values[unit * CHUNK_VALUES : (unit + 1) * CHUNK_VALUES])
+    def encode(self, start: int, stop: int) -> list[bytes]:
+        return self._codec.encode_many(self._values[start * CHUNK_VALUES : stop * CHUNK_VALUES])
 
 
 class _Empty(_Tensor):
@@ -68,7 +69,8 @@ class _Vector:
 
     tensors: tuple[TensorNote, ...] = ()
 
-    def __init__(self, numel: int) -> None:
+    def __init__(self, numel: int, codec: Codec) -> None:
+        self.codec = codec
         self.round = 0
         self.digest = Digest(hashlib.sha256(b"start").digest())
         self.values = np.empty(numel, np.float32)
@@ -80,12 +82,12 @@ class _Vector:
 
     async def take(self, number: int) -> Taken:
         if not self.everybody:
-            return Taken(_Empty(self.values), 0.0, 0, [])
+            return Taken(_Empty(self.values, self.codec), 0.0, 0, [])
         self.due.set()
         await self.go.wait()
         self.go.clear()
         self.due.clear()
-        return Taken(_Tensor(self.values), 0.0, 1, [])
+        return Taken(_Tensor(self.values, self.codec), 0.0, 1, [])
 
     async def apply(
         self, number: int, outcomes: list[Outcome], plan: Plan | None
@@ -102,10 +104,9 @@ class _Vector:
         return AppliedFacts(self.digest, 1.0)
 
     def _decode(self, first: int, units: list[bytes]) -> None:
-        for unit, payload in enumerate(units, first):
-            if payload:
-                where = self.mean[unit * CHUNK_VALUES : (unit + 1) * CHUNK_VALUES]
-                _CODEC.decode_into(payload, where)
+        if all(units):
+            values = slice(first * CHUNK_VALUES, (first + len(units)) * CHUNK_VALUES)
+            self.codec.decode_many(units, self.mean[values])
 
     async def snapshot(self) -> tuple[int, Digest, ArrayMap]:
         return self.round, self.digest, {}
@@ -118,9 +119,11 @@ class _Vector:
 class Murmurer:
     """The command handlers; see `tests.bench.averaging` for what each must do."""
 
-    async def start(self, *, index: int, size: int, via: list[str], numel: int, seed: int) -> Reply:
+    async def start(
+        self, *, index: int, size: int, via: list[str], numel: int, seed: int, codec: str
+    ) -> Reply:
         self._index, self._size, self._seed = index, size, seed
-        self._learner = _Vector(numel)
+        self._learner = _Vector(numel, get_codec(codec))
         self._events: list[ev.Event] = []
         signer = Signer(hashlib.sha256(f"{seed}/{index}".encode()).digest())
         config = PeerConfig(host="127.0.0.1")
@@ -136,9 +139,8 @@ class Murmurer:
             time.monotonic(),
         )  # fmt: skip
 
-        def reducer(start: int, stop: int) -> WeightedMean:
-            sizes = [min(CHUNK_VALUES, numel - unit * CHUNK_VALUES) for unit in range(start, stop)]
-            return WeightedMean(sizes, _CODEC, first=start)
+        sizes = [min(CHUNK_VALUES, left) for left in range(numel, 0, -CHUNK_VALUES)]
+        reducer = MeanReducer(sizes, self._learner.codec)
 
         async def no_assets(stream: Stream, _: AssetQuery) -> None:
             await refuse(stream, NO, "no files here")

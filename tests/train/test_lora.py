@@ -159,9 +159,10 @@ def test_a_pair_of_another_shape_is_refused_and_nothing_of_it_is_kept() -> None:
     made = _lora()
     made.step(batch(1))
     part = made.contribution()
-    good = part.encode(0)
+    (good,) = part.encode(0, 1)
     m, r, n = struct.unpack_from("<III", good)
-    reducer = made.reducer(0, made.units)
+    reducer = made.reducer()
+    reducer.check(0, good)
     for bad in (
         b"",
         good[:11],
@@ -171,15 +172,17 @@ def test_a_pair_of_another_shape_is_refused_and_nothing_of_it_is_kept() -> None:
         good[:40] + bytes([good[40] ^ 1]) + good[41:],
     ):
         with pytest.raises(DecodeError):
-            reducer.fold(0, 1.0, bad)
-    for unit, weight in ((made.units, 1.0), (-1, 1.0), (0, 0.0), (0, float("nan"))):
-        with pytest.raises(ValueError, match=r"unit|weight"):
-            reducer.fold(unit, weight, good)
-    assert reducer.finish() == [b""] * made.units
-    for _ in range(PARTS_MAX):
-        reducer.fold(0, 1.0, good)
+            reducer.check(0, bad)
+        reduced = reducer.reduce(0, [(1.0, bad), (2.0, good)])
+        assert reduced.payload == reducer.reduce(0, [(2.0, good)]).payload
+        assert [index for index, _ in reduced.refused] == [0]
+        assert reducer.reduce(0, [(1.0, bad)]).payload == b""
+    for weight in (0.0, float("nan")):
+        with pytest.raises(ValueError, match="weight"):
+            reducer.reduce(0, [(weight, good)])
+    reducer.reduce(0, [(1.0, good)] * PARTS_MAX)
     with pytest.raises(ValueError, match="more than"):
-        reducer.fold(0, 1.0, good)
+        reducer.reduce(0, [(1.0, good)] * (PARTS_MAX + 1))
 
 
 def test_the_export_holds_the_merged_model_and_the_adapter(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def test_ones_own_update_at_rate_one_leaves_the_local_model_where_it_is() -> Non
     assert np.abs(made.state()["theta"] - before).max() <= 1e-6
 
 
-@pytest.mark.parametrize("codec", ["fp32", "int8"])
+@pytest.mark.parametrize("codec", ["fp32", "high", "q4"])
 def test_two_peers_stay_bit_identical_with_work_in_flight(codec: str) -> None:
     peers = [method(codec=codec), method(codec=codec)]
     rng = random.Random(5)

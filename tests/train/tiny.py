@@ -63,11 +63,19 @@ def batch(seed: int) -> torch.Tensor:
 
 def reduce(method: FlatMethod, parts: list[FrozenWork]) -> list[bytes]:
     """What one aggregator of everything would send back."""
-    reducer = method.reducer(0, method.units)
-    for part in parts:
-        for unit in range(method.units):
-            reducer.fold(unit, part.weight, part.encode(unit))
-    return reducer.finish()
+    reducer = method.reducer()
+    coded = [part.encode(0, method.units) for part in parts]
+    means = []
+    for unit in range(method.units):
+        for units in coded:
+            reducer.check(unit, units[unit])
+        pairs = [
+            (part.weight, units[unit]) for part, units in zip(parts, coded, strict=True)
+        ]
+        reduced = reducer.reduce(unit, [pair for pair in pairs if pair[0] > 0])
+        assert not reduced.refused
+        means.append(reduced.payload)
+    return means
 
 
 def everywhere(method: FlatMethod, mine: bool) -> np.ndarray[Any, np.dtype[np.bool_]]:
