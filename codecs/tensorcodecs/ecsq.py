@@ -94,7 +94,7 @@ _TABLES: Final[dict[int, dict[float, Weights]]] = {
 }
 
 
-class _Tables(NamedTuple):
+class Tables(NamedTuple):
     """The shipped tables of one width, side by side for the kernels."""
 
     tables: tuple[Table, ...]
@@ -105,11 +105,11 @@ class _Tables(NamedTuple):
 
 
 @lru_cache(maxsize=3)
-def shipped_tables(bits: int) -> _Tables:
+def shipped_tables(bits: int) -> Tables:
     """Of levels of so many bits."""
     weights = list(_TABLES[bits].values())
     tables = tuple(level_table(bits, w) for w in weights)
-    return _Tables(
+    return Tables(
         tables,
         np.stack([_costs(w) for w in weights]),
         np.stack([t.entry_S for t in tables]),
@@ -167,10 +167,10 @@ class Ecsq:
         self.bits = 4 if a < 0.95 else 3 if a < 1.75 else 2
         self.name = name or f"ecsq:{a:g}"
         self.codec_id = CODEC_ID
-        self._square = np.float32(a) * np.float32(a)
+        self.square = np.float32(a) * np.float32(a)
         # Its outliers decide a heavy-tailed block's step: clipping them would cost more.
-        self._reach = np.float32((1 / (_CLIP * (plain.top_of(self.bits) + 0.5))) ** 2)
-        self._parameter = int.from_bytes(_FLOAT.pack(a), "little")
+        self.reach = np.float32((1 / (_CLIP * (plain.top_of(self.bits) + 0.5))) ** 2)
+        self.parameter = int.from_bytes(_FLOAT.pack(a), "little")
 
     def bytes_max(self, numel: int) -> int:
         """The size of the largest frame of `numel` values: nothing entropy-coded."""
@@ -178,7 +178,8 @@ class Ecsq:
         return HEADER.size + side + plain.packed_bytes(numel, self.bits)
 
     @cached_property
-    def _shipped(self) -> _Tables:
+    def shipped(self) -> Tables:
+        """What its frames may name as their table."""
         return shipped_tables(self.bits)
 
     # ── encoding ─────────────────────────────────────────────────────────────────────────
@@ -208,10 +209,10 @@ class Ecsq:
             count_UL = np.zeros((units, 8), np.int64)
             info_U = np.zeros((units, 3), np.int64)
             compiled.encode_chunks(
-                part, CHUNK_VALUES, self._square, self._reach, self.bits, self._shipped.cost_TL,
-                self._shipped.entry_TS, out[HEADER.size :], pitch, count_UL, info_U,
+                part, CHUNK_VALUES, self.square, self.reach, self.bits, self.shipped.cost_TL,
+                self.shipped.entry_TS, out[HEADER.size :], pitch, count_UL, info_U,
             )  # fmt: skip
-            own_U = self._wants_own(count_UL, info_U)
+            own_U = self.wants_own(count_UL, info_U)
             for unit in range(units):
                 values = part[unit * CHUNK_VALUES : (unit + 1) * CHUNK_VALUES]
                 size, table = int(info_U[unit, 0]), int(info_U[unit, 1])
@@ -219,22 +220,23 @@ class Ecsq:
                     error = refuse_values(values)
                     raise EncodeError(first + unit * CHUNK_VALUES + error.index, error.value)
                 if size == 0:
-                    frames.append(self._zero(len(values)))
+                    frames.append(self.zero_frame(len(values)))
                 elif own_U[unit] or HEADER.size + size >= self.bytes_max(len(values)):
                     frames.append(self._encode_plain(values))
                 else:
                     frames.append(
                         seal(
                             out[unit * pitch :], size, CODEC_ID, FIXED, len(values),
-                            self._parameter, bits=self.bits, table=table,
+                            self.parameter, bits=self.bits, table=table,
                         )  # fmt: skip
                     )
         return frames
 
-    def _zero(self, numel: int) -> bytes:
-        return assemble(CODEC_ID, ZERO, numel, self._parameter, bits=self.bits)
+    def zero_frame(self, numel: int) -> bytes:
+        """`numel` zeros."""
+        return assemble(CODEC_ID, ZERO, numel, self.parameter, bits=self.bits)
 
-    def _wants_own(
+    def wants_own(
         self, count_UL: npt.NDArray[np.int64], info_U: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.bool_]:
         """Which chunks a table of their own would code at least `_OWN_GAIN` smaller."""
@@ -250,12 +252,12 @@ class Ecsq:
     def _encode_plain(self, x_N: Float32, seed: int | None = None) -> bytes:
         """One chunk in whatever mode is smallest."""
         numel, top = len(x_N), plain.top_of(self.bits)
-        step_B = plain.block_steps(x_N, self._square, self._reach)
+        step_B = plain.block_steps(x_N, self.square, self.reach)
         if (step_B == plain.REFUSED).any():
             raise refuse_values(x_N)
         peak = int(step_B.max(initial=plain.NO_SCALE))
         if peak == plain.NO_SCALE:
-            return self._zero(numel)
+            return self.zero_frame(numel)
         code_B, inverse_B = plain.scale_codes(step_B, peak)
         if seed is None:
             level_N = plain.levels_of(x_N, inverse_B, top)
@@ -268,7 +270,7 @@ class Ecsq:
         side = _STEP.pack(peak) + entry_L.astype("<i2").tobytes() + code_B.tobytes()
         mode, table, body = self._pack(level_N, count_L)
         return assemble(
-            CODEC_ID, mode, numel, self._parameter, side, body, bits=self.bits, table=table
+            CODEC_ID, mode, numel, self.parameter, side, body, bits=self.bits, table=table
         )
 
     def _pack(
@@ -281,7 +283,7 @@ class Ecsq:
         counts = [int(c) for c in count_L]
         entropy = _entropy(counts)
         symbol_T = plain.symbols_of(level_N, self.bits)
-        cost_T = self._shipped.cost_TL @ count_L
+        cost_T = self.shipped.cost_TL @ count_L
         best = int(cost_T.argmin())
         own = entropy < (1 - _OWN_GAIN) * float(cost_T[best]) / 256 / max(1, sum(counts))
         if kernels() is None or entropy < _SPARSE_BITS:
@@ -291,7 +293,7 @@ class Ecsq:
                 shown = show_weights(counts)
                 table = level_table(self.bits, shown_weights(shown))
                 choices.append((OWN, 0, shown + plain.encode_symbols(symbol_T, table)))
-            table = self._shipped.tables[best]
+            table = self.shipped.tables[best]
             choices.append((FIXED, best, plain.encode_symbols(symbol_T, table)))
         return min(choices, key=lambda choice: len(choice[2]))
 
