@@ -33,6 +33,7 @@ ESCAPE: Final = SYMBOLS - 1
 _BYTES: Final = 256
 _RARE: Final = 15  # log2 of how rare a symbol without a code is; 13 to 16 were measured
 _FLAG: Final = 0x40  # in an encoder's entry: a literal follows at the chunk's end
+_PACKAGE_MAX: Final = 2**61
 _TABLES_KEPT: Final = 64  # strangers choose tables; each takes 53 KiB
 
 Weights = tuple[int, ...]
@@ -52,7 +53,11 @@ class Table:
 
 
 def package_merge(weights: npt.NDArray[np.int64], limit: int) -> npt.NDArray[np.uint8]:
-    """Optimal code lengths of at most `limit` for positive weights in ascending order (n >= 2)."""
+    """Optimal code lengths of at most `limit` for positive weights in ascending order (n >= 2).
+
+    No weight exceeds 2**61. Sums that do are cut to it: they stay above every single weight, in
+    any order among themselves, so nothing else changes; but int64 holds them.
+    """
     compiled = kernels()
     if compiled is not None:
         fast: npt.NDArray[np.uint8] = compiled.package_merge(weights, limit)
@@ -68,7 +73,7 @@ def package_merge(weights: npt.NDArray[np.int64], limit: int) -> npt.NDArray[np.
         merged = merged[order]
         rows.append(is_leaf[order])
         pairs = len(merged) // 2 * 2
-        packages = merged[0:pairs:2] + merged[1:pairs:2]
+        packages = np.minimum(merged[0:pairs:2] + merged[1:pairs:2], _PACKAGE_MAX)
     lengths = np.zeros(count, np.uint8)
     needed = 2 * count - 2
     for row in reversed(rows):

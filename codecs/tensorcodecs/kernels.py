@@ -49,6 +49,8 @@ _F: Final = np.float32
 _BLOCK: Final = 256
 _GROUP: Final = 32
 _ESCAPE: Final = 4095
+_LENGTH_MAX: Final = 13  # of a code
+_PACKAGE_MAX: Final = 2**61  # see `huffman.package_merge`
 _MARK: Final = np.uint64(1 << 63)
 _LANES: Final = 8
 _LEVELS_MAX: Final = 8
@@ -473,7 +475,8 @@ def decode_eight(
 def fill_literals(symbol_T: Any, data: Any, start: int, done: int, total: int) -> int:
     """Put literals `done`.. (12 bits each, from data[start]) where ESCAPE stands.
 
-    Returns how many are used up now; more than `total` if there were too few.
+    Returns how many are used up now; more than `total` if there were too few. The symbols must be
+    whole groups of 32.
     """
     for at in range(0, symbol_T.size, _GROUP):
         marks = find_marks(symbol_T, _U(at), np.uint16(_ESCAPE))
@@ -564,14 +567,21 @@ BAD_HEADER: Final = 5
 
 @njit(**_OPTIONS)
 def read_layout(data: Any, start: int, stop: int, length: int, size_N: Any) -> int:
-    """Stream sizes and number of literals of a coded section; where its streams start, or 0."""
+    """Stream sizes and number of literals of a coded section; where its streams start, or 0.
+
+    No stream is longer than the longest codes would make it: `read_group` copies into a buffer
+    that is made for such.
+    """
     streams = streams_of(length)
     place = start + 2 * streams + 2
     if place > stop:
         return 0
+    longest = (symbols_each(length) * _LENGTH_MAX + 7) // 8
     total = 0
     for stream in range(streams):
         size = np.int64(data[start + 2 * stream]) | np.int64(data[start + 2 * stream + 1]) << 8
+        if size > longest:
+            return 0
         size_N[stream] = size
         total += size
     literals = np.int64(data[place - 2]) | np.int64(data[place - 1]) << 8
@@ -599,7 +609,7 @@ def read_group(
         total += size_N[stream + k]
     begin = place
     source = data
-    longest = (each * 13 + 7) // 8 + 8
+    longest = (each * _LENGTH_MAX + 7) // 8 + 8
     last = place + total - size_N[stream + lanes - 1]
     # Every stream but the last of a group is followed by others: only the end can run out.
     far = place
@@ -774,10 +784,9 @@ def decode_chunk(
         done = read_group(data, place, size_N, stream, length, lookup_W, part, pad, out, stop)
         if done < 0:
             return BAD_STREAM
-        if literals > 0:
-            used = fill_literals(part[:done], data, literals_at, used, literals)
-            if used > literals:
-                return BAD_LITERALS
+        used = fill_literals(part[:done], data, literals_at, used, literals)
+        if used > literals:
+            return BAD_LITERALS
         if not add:
             expand(part[:done], first, length, bits, planes, book, scale_B, 8, out, False, work)
         for k in range(min(_LANES, streams - stream)):
@@ -824,9 +833,11 @@ def decode_chunks(
 
 
 @njit(**_OPTIONS)
-def decode_section(data: Any, lookup_W: Any, symbol_T: Any) -> int:
-    """All symbols of one coded section, or what is wrong with it."""
-    length = symbol_T.size
+def decode_section(data: Any, lookup_W: Any, symbol_T: Any, length: int) -> int:
+    """The `length` symbols of one coded section: GOOD, or what is wrong with it.
+
+    `symbol_T` has room for whole groups of 32, and zeros beyond `length`.
+    """
     size_N = np.empty(17, np.int64)
     pad = np.empty(2 * data.size + 2 * length + 64, np.uint8)
     place = read_layout(data, 0, data.size, length, size_N)
@@ -875,7 +886,7 @@ def package_merge(weights: Any, limit: int) -> Any:
         sizes[row] = total
         have = total // 2
         for at in range(have):
-            packages[at] = merged[2 * at] + merged[2 * at + 1]
+            packages[at] = min(merged[2 * at] + merged[2 * at + 1], _PACKAGE_MAX)
     lengths = np.zeros(count, np.uint8)
     needed = 2 * count - 2
     for row in range(limit - 1, -1, -1):

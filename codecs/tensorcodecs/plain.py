@@ -315,10 +315,10 @@ def decode_symbols(section: memoryview, length: int, table: Table) -> Symbols:
         raise DecodeError("sizes of streams that don't add up")
     *sizes, literals = (int(v) for v in np.frombuffer(section[:head], "<u2"))
     literal_bytes = (3 * literals + 1) // 2
-    if head + sum(sizes) + literal_bytes != len(section):
+    longest = (each * LENGTH_MAX + 7) // 8
+    if head + sum(sizes) + literal_bytes != len(section) or max(sizes) > longest:
         raise DecodeError("sizes of streams that don't add up")
-    longest = (each * LENGTH_MAX + 7) // 8 + 8
-    data = np.zeros(len(section) + longest, np.uint8)
+    data = np.zeros(len(section) + longest + 8, np.uint8)
     data[: len(section)] = np.frombuffer(section, np.uint8)
     start_S = head + np.cumsum([0, *sizes[:-1]], dtype=np.int64)
     count_S = np.minimum(each, length - each * np.arange(streams))
@@ -371,9 +371,9 @@ def read_section(section: memoryview, length: int, table: Table) -> Symbols:
     compiled = kernels()
     if compiled is None:
         return decode_symbols(section, length, table)
-    symbol_T = np.empty(length, np.uint16)
+    symbol_T = np.zeros(-(-length // GROUP) * GROUP, np.uint16)
     data = np.frombuffer(section, np.uint8)
-    fault = compiled.decode_section(data, table.lookup_W, symbol_T)
+    fault = compiled.decode_section(data, table.lookup_W, symbol_T, length)
     if fault:
         raise DecodeError(FAULTS[int(fault)])
-    return symbol_T
+    return symbol_T[:length]
