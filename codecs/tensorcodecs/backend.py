@@ -28,3 +28,13 @@ def kernels() -> ModuleType | None:
         log.info("numba is not installed: codecs run on numpy and zstd, about 20 times slower")
         return None
     return compiled
+
+
+@lru_cache(maxsize=1)
+def sparse_kernels() -> ModuleType | None:
+    """Those of the top-k codec, likewise."""
+    if kernels() is None:
+        return None
+    from tensorcodecs import sparse_kernels as compiled
+
+    return compiled

@@ -21,7 +21,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 import numpy as np
-from numba import njit
+from numba import njit, types
 
 from tensorcodecs.vector import (
     add_block,
@@ -63,6 +63,16 @@ _OPTIONS: Final[dict[str, Any]] = {
     "error_model": "numpy",
     "boundscheck": False,
 }
+
+
+# What Python calls is compiled for these types when this module is first imported, and never in
+# the middle of a round. Arrays are contiguous; those that only are read may be read-only.
+def _readable(kind: Any, ndim: int = 1) -> Any:
+    return types.Array(kind, ndim, "C", readonly=True)
+
+
+_F32, _U8, _U16, _U32 = types.float32, types.uint8, types.uint16, types.uint32
+_I8, _I32, _I64, _BOOL = types.int8, types.int32, types.int64, types.boolean
 
 # Thresholds between quarter octaves: mantissas of 2**0.25 and 2**0.75.
 _QUARTER: Final = np.uint32(np.float32(2**0.25).view(np.uint32) & 0x7FFFFF)
@@ -500,7 +510,9 @@ def pack_literals(literal: Any, count: int, out: Any, start: int) -> int:
         second = np.uint32(literal[i + 1]) if i + 1 < count else np.uint32(0)
         place = start + i * 3 // 2
         out[place] = np.uint8(first & np.uint32(255))
-        out[place + 1] = np.uint8((first >> np.uint32(8)) | ((second & np.uint32(15)) << np.uint32(4)))
+        out[place + 1] = np.uint8(
+            (first >> np.uint32(8)) | ((second & np.uint32(15)) << np.uint32(4))
+        )
         if i + 1 < count:
             out[place + 2] = np.uint8(second >> np.uint32(4))
     return start + (count * 3 + 1) // 2
@@ -641,7 +653,24 @@ def read_group(
     return done
 
 
-@njit(**_OPTIONS)
+@njit(
+    [
+        types.void(
+            _readable(_F32),
+            _I64,
+            _F32,
+            _F32,
+            _I64,
+            _readable(_I64, 2),
+            _readable(_U32, 2),
+            _U8[::1],
+            _I64,
+            _I64[:, ::1],
+            _I64[:, ::1],
+        )
+    ],
+    **_OPTIONS,
+)
 def encode_chunks(
     x: Any, chunk: int, square: np.float32, reach: np.float32, bits: int, cost_TL: Any, entry_TS: Any,
     out: Any, pitch: int, count_UL: Any, info_U: Any,
@@ -810,7 +839,24 @@ def scratch_for(count: int) -> Any:
     return symbols, scale_B, book, work, pad, size_N
 
 
-@njit(**_OPTIONS)
+@njit(
+    [
+        _I64(
+            _readable(_U8),
+            _readable(_I64),
+            _readable(_I64),
+            _I64,
+            _readable(_I64),
+            _readable(_I64),
+            _readable(_U32, 2),
+            _F32[::1],
+            _I64,
+            _BOOL,
+            _F32,
+        )
+    ],
+    **_OPTIONS,
+)
 def decode_chunks(
     data: Any, start_U: Any, stop_U: Any, bits: int, unit_U: Any, table_U: Any, lookup_TW: Any,
     out: Any, chunk: int, add: bool, weight: np.float32,
@@ -832,7 +878,7 @@ def decode_chunks(
     return GOOD
 
 
-@njit(**_OPTIONS)
+@njit([_I64(_readable(_U8), _readable(_U32), _U16[::1], _I64)], **_OPTIONS)
 def decode_section(data: Any, lookup_W: Any, symbol_T: Any, length: int) -> int:
     """The `length` symbols of one coded section: GOOD, or what is wrong with it.
 
@@ -862,7 +908,7 @@ def decode_section(data: Any, lookup_W: Any, symbol_T: Any, length: int) -> int:
     return GOOD
 
 
-@njit(**_OPTIONS)
+@njit([_U8[::1](_readable(_I64), _I64)], **_OPTIONS)
 def package_merge(weights: Any, limit: int) -> Any:
     """See `huffman.package_merge`: weights in ascending order, at least two."""
     count = weights.size
@@ -900,7 +946,7 @@ def package_merge(weights: Any, limit: int) -> Any:
 
 
 # ── bytes: one level from -127 to 127 per value ──────────────────────────────────────────────
-@njit(**_OPTIONS)
+@njit([_BOOL(_readable(_F32), _readable(_I32), _I64, _F32[::1], _I8[::1])], **_OPTIONS)
 def byte_levels(x: Any, bits_N: Any, block: int, scale_B: Any, level_N: Any) -> bool:
     """Scales (largest magnitude / 127) and levels; False if a value can't be sent.
 
@@ -931,7 +977,7 @@ def byte_levels(x: Any, bits_N: Any, block: int, scale_B: Any, level_N: Any) -> 
     return True
 
 
-@njit(**_OPTIONS)
+@njit([types.void(_readable(_I8), _I64, _readable(_F32), _F32[::1], _BOOL)], **_OPTIONS)
 def scale_bytes(level_N: Any, block: int, scale_B: Any, out: Any, add: bool) -> None:
     """out = (or +=) level * scale of its block."""
     for index in range(scale_B.size):
@@ -948,7 +994,7 @@ def scale_bytes(level_N: Any, block: int, scale_B: Any, out: Any, add: bool) -> 
                 values[i] = _F(levels[i]) * scale
 
 
-@njit(**_OPTIONS)
+@njit([types.void(_readable(_I8), _I64, _I64[::1])], **_OPTIONS)
 def count_bytes(level_N: Any, every: int, count_S: Any) -> None:
     """How often each level + 127 occurs in every `every`-th run of 256."""
     for start in range(0, level_N.size, every * _BLOCK):
@@ -956,7 +1002,7 @@ def count_bytes(level_N: Any, every: int, count_S: Any) -> None:
             count_S[np.int64(level_N[i]) + 127] += 1
 
 
-@njit(**_OPTIONS)
+@njit([_I64(_readable(_I8), _readable(_U32), _U8[::1], _I64)], **_OPTIONS)
 def encode_bytes(level_N: Any, entry_S: Any, out: Any, start: int) -> int:
     """Levels as a coded section at out[start:]; where it ends."""
     symbols = np.empty(level_N.size, np.uint16)

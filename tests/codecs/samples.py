@@ -1,20 +1,27 @@
-"""Chunks that codecs must survive, and frames built by hand to lie about themselves."""
+"""Chunks that codecs must survive, frames built by hand to lie about themselves, and numpy alone."""
 
 from __future__ import annotations
 
-import zlib
-from typing import TYPE_CHECKING
+import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from tensorcodecs.frame import HEADER, MAGIC, VERSION, ZSTD
+from tensorcodecs import backend, plain
+from tensorcodecs.ecsq import CODEC_ID as ECSQ
+from tensorcodecs.ecsq import Ecsq
+from tensorcodecs.frame import FIXED, HEADER, OWN, RAW, ZSTD, assemble, checksum_of, compressed
+from tensorcodecs.huffman import byte_lengths, byte_table, level_table, show_weights, shown_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from tensorcodecs.frame import Float32
+    from tensorcodecs.plain import Int64
 
-LENGTHS = (0, 1, 3, 5, 63, 64, 65, 4095, 4096, 4097, 10_001, 65_535, 65_536, 65_537, 200_003)
+INT8, BF16, FP32 = 1, 2, 3
+LENGTHS = (0, 1, 3, 5, 63, 64, 65, 4095, 4096, 4097, 10_001, 12_288, 65_537, 98_303, 98_304)
 
 
 def bell(numel: int, seed: int = 0) -> Float32:
@@ -33,21 +40,120 @@ def chunks(numel: int, seed: int) -> Iterator[tuple[str, Float32]]:
     yield "minus zeros", np.full(numel, -0.0, np.float32)
     yield "constant", np.full(numel, -3.25, np.float32)
     yield "noise", rng.uniform(-1, 1, numel).astype(np.float32)
+    yield "heavy tail", rng.standard_t(3, numel).astype(np.float32)
     yield "subnormal", (sign * rng.integers(0, 2**23, numel) * 2.0**-149).astype(np.float32)
     yield "wide", (sign * np.exp2(rng.uniform(-149, 63.9, numel))).astype(np.float32)
     yield "largest", (sign * 2.0**64).astype(np.float32)
     rare = np.zeros(numel, np.float32)
     rare[:: max(1, numel // 7)] = 1.5
     yield "rare", rare
+    steep = np.exp2(np.arange(numel // 256 + 1) % 40 * 3.3 - 64).repeat(256)[:numel]
+    yield "steep", (steep * rng.standard_normal(numel)).astype(np.float32)
 
 
-def forge(codec: int, numel: int, block: int, body: bytes, mode: int = ZSTD) -> bytes:
+def forge(
+    codec: int, numel: int, parameter: int, body: bytes, mode: int = ZSTD, *, bits: int = 0, table: int = 0
+) -> bytes:  # fmt: skip
     """A frame with a valid checksum, whatever it says."""
-    head = HEADER.pack(MAGIC, VERSION, codec, mode, 0, numel, block, len(body), 0)
-    return seal(head + body)
+    return assemble(codec, mode, numel, parameter, body, bits=bits, table=table)
 
 
-def seal(frame: bytes) -> bytes:
-    """The same bytes with the right checksum."""
-    checksum = zlib.crc32(frame[24:], zlib.crc32(frame[:20]))
-    return frame[:20] + checksum.to_bytes(4, "little") + frame[24:]
+def mended(frame: bytes) -> bytes:
+    """The same bytes with the size and the checksum that a reader expects."""
+    result = bytearray(frame)
+    result[20:24] = (len(frame) - HEADER.size).to_bytes(4, "little")
+    result[4:8] = checksum_of(bytes(result[8:])).to_bytes(4, "little")
+    return bytes(result)
+
+
+class Parts(NamedTuple):
+    """What an ecsq frame is made of, to be put together in whatever mode."""
+
+    codec: Ecsq
+    numel: int
+    side: bytes
+    digits: bytes
+    symbols: plain.Symbols
+    counts: list[int]
+
+    @classmethod
+    def of(cls, codec: Ecsq, x: Float32) -> Parts:
+        """`x` must not be all zero."""
+        top = plain.top_of(codec.bits)
+        step_B = plain.block_steps(x, codec.square, codec.reach)
+        peak = int(step_B.max())
+        code_B, inverse_B = plain.scale_codes(step_B, peak)
+        level_N = plain.levels_of(x, inverse_B, top)
+        sum_L, count_L = plain.survey(x, level_N, inverse_B, top)
+        entry_L = plain.book_entries(sum_L, count_L)
+        side = peak.to_bytes(2, "little", signed=True) + entry_L.tobytes() + code_B.tobytes()
+        digits = plain.pack_digits((level_N + top).astype(np.uint8), codec.bits).tobytes()
+        symbols = plain.symbols_of(level_N, codec.bits)
+        return cls(codec, len(x), side, digits, symbols, [int(c) for c in count_L])
+
+    def frame(self, mode: int, table: int = 0) -> bytes:
+        """In this mode, even where an encoder would choose another."""
+        if mode == RAW:
+            body = self.digits
+        elif mode == ZSTD:
+            body = bytes(compressed(np.frombuffer(self.digits, np.uint8)))
+        elif mode == OWN:
+            shown = show_weights(self.counts)
+            own = level_table(self.codec.bits, shown_weights(shown))
+            body = shown + plain.encode_symbols(self.symbols, own)
+        else:
+            assert mode == FIXED
+            body = plain.encode_symbols(self.symbols, self.codec.shipped.tables[table])
+        return forge(
+            ECSQ, self.numel, self.codec.parameter, self.side + body, mode,
+            bits=self.codec.bits, table=table,
+        )  # fmt: skip
+
+    @property
+    def section(self) -> int:
+        """Where a FIXED frame's coded section starts; an OWN frame's code table does there."""
+        return HEADER.size + len(self.side)
+
+
+def coded_int8(x: Float32, block: int = 4096) -> bytes:
+    """An int8 frame of mode OWN, even where it doesn't pay."""
+    numel = len(x)
+    padded = np.zeros(-(-numel // block) * block, np.float32)
+    padded[:numel] = x
+    scale_B = np.abs(padded).reshape(-1, block).max(1, initial=0) / np.float32(127)
+    inverse_N = np.repeat(1 / np.where(scale_B > 0, scale_B, np.inf), block)[:numel]
+    symbol_N = (np.rint(x * inverse_N) + 127).astype(np.uint16)
+    return own_int8(scale_B.astype(np.float32), symbol_N, np.bincount(symbol_N, minlength=256), block)
+
+
+def own_int8(scale_B: Float32, symbol_N: plain.Symbols, counts: Int64, block: int) -> bytes:
+    """An int8 frame of these scales and symbols (level + 127)."""
+    lengths = byte_lengths(counts.astype(np.int64))
+    coded = plain.encode_symbols(symbol_N, byte_table(lengths))
+    return forge(INT8, len(symbol_N), block, scale_B.tobytes() + lengths + coded, OWN)
+
+
+def section_of(sizes: Sequence[int], literals: int, rest: bytes) -> bytes:
+    """A coded section that says so."""
+    return np.array([*sizes, literals], "<u2").tobytes() + rest
+
+
+@contextmanager
+def numpy_alone() -> Iterator[None]:
+    """As on a machine without numba."""
+    users = [
+        module
+        for name, module in sys.modules.items()
+        if name.startswith("tensorcodecs.") and getattr(module, "kernels", None) is backend.kernels
+    ]
+    for module in users:
+        vars(module)["kernels"] = _no_kernels
+    try:
+        yield
+    finally:
+        for module in users:
+            vars(module)["kernels"] = backend.kernels
+
+
+def _no_kernels() -> None:
+    return None
