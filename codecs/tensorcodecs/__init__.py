@@ -20,6 +20,7 @@ zstandard; knows nothing of networks or torch.
 """
 
 from tensorcodecs.codec import CODEC_NAMES, Codec, codec_of, get_codec
+from tensorcodecs.container import Container, pack_vector, unpack_vector
 from tensorcodecs.ecsq import Ecsq
 from tensorcodecs.errors import DecodeError, EncodeError
 from tensorcodecs.frame import FRAME_VALUES_MAX, VALUE_ABS_MAX
@@ -34,6 +35,7 @@ __all__ = [
     "WEIGHT_MAX",
     "WEIGHT_MIN",
     "Codec",
+    "Container",
     "DecodeError",
     "Ecsq",
     "EncodeError",
@@ -42,5 +44,7 @@ __all__ = [
     "WeightedMean",
     "codec_of",
     "get_codec",
+    "pack_vector",
     "reduce_unit",
+    "unpack_vector",
 ]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from functools import lru_cache
 from types import ModuleType
 from typing import Final

@@ -13,6 +13,7 @@ from tensorcodecs.errors import DecodeError
 from tensorcodecs.frame import HEADER
 from tensorcodecs.int8 import Int8
 from tensorcodecs.planes import Planes
+from tensorcodecs.sparse import Sparse
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -90,11 +91,15 @@ _CODECS: Final[dict[str, Codec]] = {
 
 CODEC_NAMES: Final = tuple(_CODECS)
 
-_BY_ID: Final = {codec.codec_id: codec for codec in _CODECS.values()}
+# Not among the names a manifest may hold: it is of use with `tensorcodecs.feedback` only.
+_SPARSE: Final = Sparse(name="sparse")
+
+_BY_ID: Final = {codec.codec_id: codec for codec in (*_CODECS.values(), _SPARSE)}
 
 
 def get_codec(name: str) -> Codec:
-    """The codec of that name: one of `CODEC_NAMES`, or `ecsq:A` with a step of A rms.
+    """The codec of that name: one of `CODEC_NAMES`, `ecsq:A` with a step of A rms, `sparse`, or
+    `sparse:K` with K values of 4096.
 
     Raises:
         ValueError: there is none.
@@ -104,6 +109,13 @@ def get_codec(name: str) -> Codec:
     if name.startswith("ecsq:"):
         try:
             return Ecsq(float(name[5:]))
+        except ValueError as error:
+            raise ValueError(f"codec {name!r}: {error}") from None
+    if name == "sparse":
+        return _SPARSE
+    if name.startswith("sparse:"):
+        try:
+            return Sparse(int(name[7:]))
         except ValueError as error:
             raise ValueError(f"codec {name!r}: {error}") from None
     raise ValueError(f"no codec {name!r}; there are {', '.join(CODEC_NAMES)} and ecsq:A")

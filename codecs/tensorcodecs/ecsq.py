@@ -45,6 +45,7 @@ from tensorcodecs.frame import (
     compressed,
     refuse_values,
     require_vector,
+    scratch,
     seal,
 )
 from tensorcodecs.huffman import Table, Weights, level_table, show_weights, shown_weights
@@ -211,6 +212,7 @@ class Ecsq:
             compiled.encode_chunks(
                 part, CHUNK_VALUES, self.square, self.reach, self.bits, self.shipped.cost_TL,
                 self.shipped.entry_TS, out[HEADER.size :], pitch, count_UL, info_U,
+                scratch.symbols, scratch.literals,
             )  # fmt: skip
             own_U = self.wants_own(count_UL, info_U)
             for unit in range(units):
@@ -226,9 +228,15 @@ class Ecsq:
                 else:
                     frames.append(
                         seal(
-                            out[unit * pitch :], size, CODEC_ID, FIXED, len(values),
-                            self.parameter, bits=self.bits, table=table,
-                        )  # fmt: skip
+                            out[unit * pitch :],
+                            size,
+                            CODEC_ID,
+                            FIXED,
+                            len(values),
+                            self.parameter,
+                            bits=self.bits,
+                            table=table,
+                        )
                     )
         return frames
 
@@ -379,7 +387,7 @@ def _decode_fixed(
     unit_U, start_U, stop_U, table_U = np.array(bodies, np.int64).T.copy()
     fault = compiled.decode_chunks(
         data, start_U, stop_U, bits, unit_U, table_U, shipped_tables(bits).lookup_TW, out_N,
-        CHUNK_VALUES, add, weight,
+        CHUNK_VALUES, add, weight, scratch.symbols, scratch.bytes,
     )  # fmt: skip
     if fault:
         raise DecodeError(plain.FAULTS[int(fault) % 16])

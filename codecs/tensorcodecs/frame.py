@@ -33,6 +33,7 @@ from tensorcodecs.layout import CHUNK_VALUES
 
 Float32 = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
+Words = npt.NDArray[np.uint16]
 Payload = bytes | bytearray | memoryview
 
 MAGIC: Final = b"MTC"
@@ -74,6 +75,8 @@ class _Scratch(threading.local):
     def __init__(self) -> None:
         self.floats: Float32 = np.empty(CHUNK_VALUES, np.float32)
         self.bytes: Bytes = np.empty(4 * CHUNK_VALUES, np.uint8)
+        self.symbols: Words = np.empty(CHUNK_VALUES + 512, np.uint16)
+        self.literals: Words = np.empty(CHUNK_VALUES + 512, np.uint16)
         self.compressor = zstandard.ZstdCompressor(compression_params=_PARAMETERS)
         # The window is what a hostile frame could make zstd allocate.
         self.decompressor = zstandard.ZstdDecompressor(max_window_size=FRAME_VALUES_MAX)
@@ -195,19 +198,25 @@ def _decompress(packed: memoryview, size: int) -> bytes:
 
 
 def seal(
-    out: Bytes, size: int, codec: int, mode: int, numel: int, parameter: int, *, bits: int, table: int
+    out: Bytes,
+    size: int,
+    codec: int,
+    mode: int,
+    numel: int,
+    parameter: int,
+    *,
+    bits: int,
+    table: int,
 ) -> bytes:
     """The frame whose body is out[HEADER.size : HEADER.size + size]; overwrites what is before."""
-    _FIELDS.pack_into(out, _CHECKED, codec, mode, bits, table, numel, parameter, size)
+    _FIELDS.pack_into(out.data, _CHECKED, codec, mode, bits, table, numel, parameter, size)
     data = out.data[: HEADER.size + size]
     data[:4] = MAGIC + bytes([VERSION])
     _CHECKSUM.pack_into(data, 4, checksum_of(data[_CHECKED:]))
     return data.tobytes()
 
 
-def pack(
-    codec_id: int, parameter: int, side: Bytes, plane: Bytes, *, lossless: bool
-) -> bytes:
+def pack(codec_id: int, parameter: int, side: Bytes, plane: Bytes, *, lossless: bool) -> bytes:
     """A frame of `plane`'s length; the plane is compressed if `lossless` and where that pays."""
     mode, packed = RAW, plane.data
     if lossless and len(plane):
@@ -224,7 +233,13 @@ def compressed(plane: Bytes) -> memoryview:
 
 
 def assemble(
-    codec_id: int, mode: int, numel: int, parameter: int, *parts: Payload, bits: int = 0, table: int = 0
+    codec_id: int,
+    mode: int,
+    numel: int,
+    parameter: int,
+    *parts: Payload,
+    bits: int = 0,
+    table: int = 0,
 ) -> bytes:
     """A frame of the parts one after another."""
     size = sum(len(part) for part in parts)

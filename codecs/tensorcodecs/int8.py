@@ -35,6 +35,7 @@ from tensorcodecs.frame import (
     compressed,
     refuse_values,
     require_vector,
+    scratch,
 )
 from tensorcodecs.huffman import byte_lengths, byte_table
 from tensorcodecs.layout import CHUNK_VALUES
@@ -125,8 +126,10 @@ class Int8:
         if self._lossless and compiled is None and numel:
             parts, mode = [compressed(level_N.view(np.uint8))], 1
         elif self._lossless and compiled is not None and numel >= _CODED_MIN:
-            out = np.empty(2 * numel + 1024, np.uint8)
-            end = int(compiled.encode_bytes(level_N, byte_table(lengths).entry_S, out, 0))
+            out = scratch.bytes
+            end = int(
+                compiled.encode_bytes(level_N, byte_table(lengths).entry_S, out, 0, scratch.symbols)
+            )
             mode, parts = OWN, [memoryview(lengths), out.data[:end]]
         # Below 1/32 (2 KiB of a chunk, 16 us at 1 Gbit/s) unpacking takes longer than sending.
         if sum(map(len, parts)) > numel - numel // 32:
@@ -221,9 +224,16 @@ def _read_coded(section: memoryview, numel: int) -> _Levels:
         raise DecodeError("a code table that is not complete")
     table = byte_table(bytes(section[:_TABLE_BYTES]))
     symbol_S = plain.read_section(section[_TABLE_BYTES:], numel, table)
-    if symbol_S.max(initial=0) > 2 * int(_LEVELS):
+    compiled = kernels()
+    level_N = np.empty(numel, np.int8)
+    if compiled is not None:
+        good = bool(compiled.levels_of_bytes(symbol_S, level_N))
+    else:
+        good = symbol_S.max(initial=0) <= 2 * int(_LEVELS)
+        level_N[:] = symbol_S.astype(np.int16) - 127
+    if not good:
         raise DecodeError("a level beyond 127")
-    return (symbol_S.astype(np.int16) - 127).astype(np.int8)
+    return level_N
 
 
 def _scales(side: Bytes) -> Float32:

@@ -667,27 +667,28 @@ def read_group(
             _I64,
             _I64[:, ::1],
             _I64[:, ::1],
+            _U16[::1],
+            _U16[::1],
         )
     ],
     **_OPTIONS,
 )
 def encode_chunks(
     x: Any, chunk: int, square: np.float32, reach: np.float32, bits: int, cost_TL: Any, entry_TS: Any,
-    out: Any, pitch: int, count_UL: Any, info_U: Any,
+    out: Any, pitch: int, count_UL: Any, info_U: Any, symbols: Any, literal: Any,
 ) -> None:  # fmt: skip
     """Code each `chunk` values of `x`, the u-th into out[u * pitch:]: scales, codebook, symbols.
 
     `cost_TL` says how many 1/256 bits a level costs in each of the tables `entry_TS`; the cheapest
     for the chunk's sample is taken. info_U[u] = (size or 0 if all zero or -1 if refused, table,
-    cost of the sample); `count_UL`: magnitudes in the sample.
+    cost of the sample); `count_UL`: magnitudes in the sample. `symbols` and `literal` are room for
+    a chunk's symbols each.
     """
     planes = 12 // bits
     top = (1 << (bits - 1)) - 1
     blocks_max = (chunk + _BLOCK - 1) // _BLOCK
     step_B = np.empty(blocks_max, np.int64)
     inverse_B = np.empty(blocks_max, np.float32)
-    symbols = np.empty(length_of(chunk, planes), np.uint16)
-    literal = np.empty(symbols.size, np.uint16)
     work = np.empty(_BLOCK, np.float32)
     sum_L = np.zeros(_LEVELS_MAX, np.int64)
     for unit in range((x.size + chunk - 1) // chunk):
@@ -698,7 +699,7 @@ def encode_chunks(
         peak = block_steps(piece, square, reach, step_B[:blocks], work)
         info_U[unit, 1] = 0
         info_U[unit, 2] = 0
-        if peak == NO_SCALE or peak == REFUSED:
+        if peak in (NO_SCALE, REFUSED):
             count_L[:] = 0
             info_U[unit, 0] = 0 if peak == NO_SCALE else -1
             continue
@@ -828,13 +829,11 @@ def decode_chunk(
 
 
 @njit(**_OPTIONS)
-def scratch_for(count: int) -> Any:
-    """Buffers for decoding chunks of up to `count` values of any bits."""
-    symbols = np.empty(count + 12 * _GROUP, np.uint16)
+def _scratch_for(count: int, symbols: Any, pad: Any) -> Any:
+    """Buffers for decoding chunks of up to `count` values of any bits; the large ones are given."""
     scale_B = np.empty((count + _BLOCK - 1) // _BLOCK + 1, np.float32)
     book = np.empty(16, np.float32)
     work = np.empty(_BLOCK, np.float32)
-    pad = np.empty(4 * count + 4096, np.uint8)
     size_N = np.empty(17, np.int64)
     return symbols, scale_B, book, work, pad, size_N
 
@@ -853,19 +852,21 @@ def scratch_for(count: int) -> Any:
             _I64,
             _BOOL,
             _F32,
+            _U16[::1],
+            _U8[::1],
         )
     ],
     **_OPTIONS,
 )
 def decode_chunks(
     data: Any, start_U: Any, stop_U: Any, bits: int, unit_U: Any, table_U: Any, lookup_TW: Any,
-    out: Any, chunk: int, add: bool, weight: np.float32,
+    out: Any, chunk: int, add: bool, weight: np.float32, symbols: Any, pad: Any,
 ) -> int:  # fmt: skip
     """Bodies data[start_U[u]:stop_U[u]] into the unit_U[u]-th `chunk` values of `out`.
 
     Returns GOOD, or 16 * u + what is wrong with body u; those before it are done.
     """
-    scratch = scratch_for(min(chunk, out.size))
+    scratch = _scratch_for(min(chunk, out.size), symbols, pad)
     for unit in range(start_U.size):
         at = unit_U[unit] * chunk
         piece = out[at : at + chunk]
@@ -878,14 +879,13 @@ def decode_chunks(
     return GOOD
 
 
-@njit([_I64(_readable(_U8), _readable(_U32), _U16[::1], _I64)], **_OPTIONS)
-def decode_section(data: Any, lookup_W: Any, symbol_T: Any, length: int) -> int:
+@njit([_I64(_readable(_U8), _readable(_U32), _U16[::1], _I64, _U8[::1])], **_OPTIONS)
+def decode_section(data: Any, lookup_W: Any, symbol_T: Any, length: int, pad: Any) -> int:
     """The `length` symbols of one coded section: GOOD, or what is wrong with it.
 
     `symbol_T` has room for whole groups of 32, and zeros beyond `length`.
     """
     size_N = np.empty(17, np.int64)
-    pad = np.empty(2 * data.size + 2 * length + 64, np.uint8)
     place = read_layout(data, 0, data.size, length, size_N)
     if place == 0:
         return BAD_SIZES
@@ -1002,11 +1002,24 @@ def count_bytes(level_N: Any, every: int, count_S: Any) -> None:
             count_S[np.int64(level_N[i]) + 127] += 1
 
 
-@njit([_I64(_readable(_I8), _readable(_U32), _U8[::1], _I64)], **_OPTIONS)
-def encode_bytes(level_N: Any, entry_S: Any, out: Any, start: int) -> int:
-    """Levels as a coded section at out[start:]; where it ends."""
-    symbols = np.empty(level_N.size, np.uint16)
+@njit([_I64(_readable(_I8), _readable(_U32), _U8[::1], _I64, _U16[::1])], **_OPTIONS)
+def encode_bytes(level_N: Any, entry_S: Any, out: Any, start: int, room: Any) -> int:
+    """Levels as a coded section at out[start:]; where it ends. `room` is for as many symbols."""
+    symbols = room[: level_N.size]
     for i in range(symbols.size):
         symbols[i] = np.uint16(np.int32(level_N[i]) + np.int32(127))
     literal = np.empty(4, np.uint16)
     return write_symbols(symbols, entry_S, out, start, literal, level_N, level_N.size, 1)
+
+
+@njit([_BOOL(_readable(_U16), _I8[::1])], **_OPTIONS)
+def levels_of_bytes(symbol_T: Any, level_N: Any) -> bool:
+    """level = symbol - 127; False if one is beyond 127."""
+    top = np.uint16(0)
+    for i in range(level_N.size):
+        top = max(top, symbol_T[i])
+    if top > np.uint16(254):
+        return False
+    for i in range(level_N.size):
+        level_N[i] = np.int8(np.int32(symbol_T[i]) - np.int32(127))
+    return True

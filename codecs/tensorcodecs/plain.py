@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from tensorcodecs.backend import kernels
 from tensorcodecs.errors import DecodeError
-from tensorcodecs.frame import Bytes, Float32
+from tensorcodecs.frame import Bytes, Float32, scratch
 from tensorcodecs.huffman import ESCAPE, LENGTH_MAX, Table
 
 Int64 = npt.NDArray[np.int64]
@@ -365,15 +365,18 @@ FAULTS: Final = {
 def read_section(section: memoryview, length: int, table: Table) -> Symbols:
     """`decode_symbols`, compiled where that is possible.
 
+    The result is this thread's scratch: the next call overwrites it.
+
     Raises:
         DecodeError: sizes that don't add up, a stream or literals that don't end where they should.
     """
     compiled = kernels()
     if compiled is None:
         return decode_symbols(section, length, table)
-    symbol_T = np.zeros(-(-length // GROUP) * GROUP, np.uint16)
+    symbol_T = scratch.symbols[: -(-length // GROUP) * GROUP]
+    symbol_T[length:] = 0
     data = np.frombuffer(section, np.uint8)
-    fault = compiled.decode_section(data, table.lookup_W, symbol_T, length)
+    fault = compiled.decode_section(data, table.lookup_W, symbol_T, length, scratch.bytes)
     if fault:
         raise DecodeError(FAULTS[int(fault)])
     return symbol_T[:length]
