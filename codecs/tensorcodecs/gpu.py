@@ -163,8 +163,8 @@ def _measure(
 
 @_jit
 def _scale_kernel(
-    x: tl.tensor, step_B: tl.tensor, units: tl.tensor, share: tl.tensor, reach: tl.tensor, BLOCKS: tl.constexpr,
-    ROWS: tl.constexpr,
+    x: tl.tensor, step_B: tl.tensor, units: tl.tensor, share: tl.tensor, reach: tl.tensor,
+    BLOCKS: tl.constexpr, ROWS: tl.constexpr,
 ) -> None:  # fmt: skip
     """The step exponent of each block: see `plain.block_steps`."""
     block = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -185,9 +185,9 @@ def _scale_kernel(
 
 @_jit
 def _describe_kernel(
-    x: tl.tensor, step_B: tl.tensor, cost_TL: tl.tensor, inverse_B: tl.tensor, side_U: tl.tensor, info_U: tl.tensor,
-    CHUNK: tl.constexpr, BITS: tl.constexpr, TABLES: tl.constexpr, BLOCKS_MAX: tl.constexpr,
-    SAMPLES_MAX: tl.constexpr, INFO: tl.constexpr,
+    x: tl.tensor, step_B: tl.tensor, cost_TL: tl.tensor, inverse_B: tl.tensor, side_U: tl.tensor,
+    info_U: tl.tensor, CHUNK: tl.constexpr, BITS: tl.constexpr, TABLES: tl.constexpr,
+    BLOCKS_MAX: tl.constexpr, SAMPLES_MAX: tl.constexpr, INFO: tl.constexpr,
 ) -> None:  # fmt: skip
     """One chunk's side data (scales, codebook) and, from its sample, the table that suits it."""
     BLOCKS: tl.constexpr = CHUNK // _BLOCK
@@ -240,8 +240,8 @@ def _describe_kernel(
 # ── levels and symbols ───────────────────────────────────────────────────────────────────────
 @_jit
 def _quantise_kernel(
-    x: tl.tensor, inverse_B: tl.tensor, symbol_T: tl.tensor, CHUNK: tl.constexpr, BITS: tl.constexpr,
-    ROWS: tl.constexpr,
+    x: tl.tensor, inverse_B: tl.tensor, symbol_T: tl.tensor, CHUNK: tl.constexpr,
+    BITS: tl.constexpr, ROWS: tl.constexpr,
 ) -> None:  # fmt: skip
     """Levels packed into symbols, planes apart; a row is a block of every plane."""
     PLANES: tl.constexpr = 12 // BITS
@@ -268,8 +268,8 @@ def _quantise_kernel(
 
 @_jit
 def _expand_kernel(
-    symbol_T: tl.tensor, book_G: tl.tensor, scale_B: tl.tensor, unit_G: tl.tensor, out: tl.tensor, ADD: tl.constexpr,
-    CHUNK: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr,
+    symbol_T: tl.tensor, book_G: tl.tensor, scale_B: tl.tensor, unit_G: tl.tensor, out: tl.tensor,
+    ADD: tl.constexpr, CHUNK: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr,
 ) -> None:  # fmt: skip
     """out = (or +=) codebook value * scale of the block."""
     PLANES: tl.constexpr = 12 // BITS
@@ -328,9 +328,10 @@ def _keep(
 
 @_jit
 def _encode_kernel(
-    symbol4_T: tl.tensor, literal_T: tl.tensor, entry_TS: tl.tensor, info_U: tl.tensor, word_S: tl.tensor, bits_S: tl.tensor,
-    literals_S: tl.tensor, units: tl.tensor, EACH: tl.constexpr, STREAMS: tl.constexpr, PITCH: tl.constexpr,
-    INFO: tl.constexpr, LANES: tl.constexpr,
+    symbol4_T: tl.tensor, literal_T: tl.tensor, entry_TS: tl.tensor, info_U: tl.tensor,
+    word_S: tl.tensor, bits_S: tl.tensor, literals_S: tl.tensor, units: tl.tensor,
+    EACH: tl.constexpr, STREAMS: tl.constexpr, PITCH: tl.constexpr, INFO: tl.constexpr,
+    LANES: tl.constexpr,
 ) -> None:  # fmt: skip
     """A lane per stream of EACH symbols: codes to words, and how many bits and literals.
 
@@ -390,9 +391,10 @@ def _literal_at(
 
 @_jit
 def _join_kernel(
-    side_U: tl.tensor, byte_S: tl.tensor, bits_S: tl.tensor, literal_T: tl.tensor, literals_S: tl.tensor, start_U: tl.tensor, out: tl.tensor,
-    SIDE: tl.constexpr, SIDE_MAX: tl.constexpr, EACH: tl.constexpr, STREAMS: tl.constexpr,
-    PITCH: tl.constexpr, STEP: tl.constexpr,
+    side_U: tl.tensor, byte_S: tl.tensor, bits_S: tl.tensor, literal_T: tl.tensor,
+    literals_S: tl.tensor, start_U: tl.tensor, out: tl.tensor, SIDE: tl.constexpr,
+    SIDE_MAX: tl.constexpr, EACH: tl.constexpr, STREAMS: tl.constexpr, PITCH: tl.constexpr,
+    STEP: tl.constexpr,
 ) -> None:  # fmt: skip
     """A program per stream that copies it to where it belongs, and one more per chunk for the rest:
     side data, sizes and literals."""
@@ -478,8 +480,9 @@ def _refill(
 
 @_jit
 def _decode_kernel(
-    byte: tl.tensor, word: tl.tensor, section_G: tl.tensor, stop_G: tl.tensor, table_G: tl.tensor, unit_G: tl.tensor, lookup_TW: tl.tensor,
-    symbol4_T: tl.tensor, fault: tl.tensor, units: tl.tensor, words: tl.tensor, EACH: tl.constexpr, STREAMS: tl.constexpr,
+    byte: tl.tensor, word: tl.tensor, section_G: tl.tensor, stop_G: tl.tensor, table_G: tl.tensor,
+    unit_G: tl.tensor, lookup_TW: tl.tensor, symbol4_T: tl.tensor, fault: tl.tensor,
+    units: tl.tensor, words: tl.tensor, EACH: tl.constexpr, STREAMS: tl.constexpr,
     LANES: tl.constexpr,
 ) -> None:  # fmt: skip
     """A lane per stream of EACH symbols; each must end exactly where the next one starts."""
@@ -534,9 +537,10 @@ def _decode_kernel(
 
 @_jit
 def _check_kernel(
-    byte: tl.tensor, body_G: tl.tensor, section_G: tl.tensor, stop_G: tl.tensor, unit_G: tl.tensor, symbol_T: tl.tensor, book_G: tl.tensor,
-    scale_B: tl.tensor, weight: tl.tensor, fault: tl.tensor, CHUNK: tl.constexpr, BITS: tl.constexpr,
-    STREAMS: tl.constexpr, BLOCKS_MAX: tl.constexpr, TILE: tl.constexpr,
+    byte: tl.tensor, body_G: tl.tensor, section_G: tl.tensor, stop_G: tl.tensor, unit_G: tl.tensor,
+    symbol_T: tl.tensor, book_G: tl.tensor, scale_B: tl.tensor, weight: tl.tensor, fault: tl.tensor,
+    CHUNK: tl.constexpr, BITS: tl.constexpr, STREAMS: tl.constexpr, BLOCKS_MAX: tl.constexpr,
+    TILE: tl.constexpr,
 ) -> None:  # fmt: skip
     """One chunk's scales (times the weight) and codebook, and its literals put in their places."""
     BLOCKS: tl.constexpr = CHUNK // _BLOCK
@@ -710,18 +714,11 @@ def _frames_of(codec: Ecsq, coded: Coded, x_N: torch.Tensor, first: int, chunk: 
             at = unit * chunk
             frames.append(_encode_on_host(codec, x_N[at : at + chunk], first + at))
         else:
-            frames.append(
-                seal(
-                    array[int(stop) - size - HEADER.size :],
-                    size,
-                    CODEC_ID,
-                    FIXED,
-                    chunk,
-                    codec.parameter,
-                    bits=codec.bits,
-                    table=table,
-                )  # fmt: skip
-            )
+            frame = seal(
+                array[int(stop) - size - HEADER.size :], size, CODEC_ID, FIXED, chunk,
+                codec.parameter, bits=codec.bits, table=table,
+            )  # fmt: skip
+            frames.append(frame)
     return frames
 
 
@@ -969,7 +966,7 @@ def _constants(bits: int, device: torch.device) -> _Constants:
 
 
 def _short_lookups(tables: Sequence[Table]) -> torch.Tensor:
-    """(tables, 8192): symbol << 4 | length in 16 bits, half as large a table for the GPU's cache."""
+    """(tables, 8192): symbol << 4 | length in 16 bits: half the room in the GPU's cache."""
     lookup_TW: npt.NDArray[np.uint32] = np.stack([table.lookup_W for table in tables])
     short_TW = ((lookup_TW >> 8) << 4 | (lookup_TW & 15)).astype(np.uint16)
     return torch.from_numpy(short_TW.view(np.int16))
