@@ -173,30 +173,30 @@ class Sparse:
             _survey(x_N[at : at + SEGMENT], word_N[at : at + SEGMENT], int(limit))
             for at, limit in zip(range(0, numel, SEGMENT), limit_S, strict=True)
         ]
-        peak = max((piece.scale for piece in pieces if len(piece.place_E)), default=STEP_MIN)
-        live = [piece for piece in pieces if len(piece.place_E) and peak - piece.scale < NOTHING]
+        peak = max((piece.scale for piece in pieces if len(piece.places)), default=STEP_MIN)
+        live = [piece for piece in pieces if len(piece.places) and peak - piece.scale < NOTHING]
         if not live:
             return self._zero(numel)
         scale_S = np.full(len(pieces), NOTHING, np.uint8)
         shape_S = np.zeros(len(pieces), np.uint8)
         count_S = np.zeros(len(pieces), "<u2")
-        value, code, width = [], [], []
+        picks, codes, widths = [], [], []
         for segment, piece in enumerate(pieces):
-            if not len(piece.place_E) or peak - piece.scale >= NOTHING:
+            if not len(piece.places) or peak - piece.scale >= NOTHING:
                 continue
-            modulus, code_E, width_E = _code_gaps(np.diff(piece.place_E, prepend=-1) - 1)
+            modulus, code_E, width_E = _code_gaps(np.diff(piece.places, prepend=-1) - 1)
             scale_S[segment] = peak - piece.scale
             shape_S[segment] = modulus | piece.ratio << 4
-            count_S[segment] = len(piece.place_E)
-            value.append(piece.value_E)
-            code.append(code_E)
-            width.append(width_E)
+            count_S[segment] = len(piece.places)
+            picks.append(piece.picks)
+            codes.append(code_E)
+            widths.append(width_E)
         counted = bool(((scale_S != NOTHING) & (count_S != limit_S)).any())
         side = _PEAK.pack(peak) + scale_S.tobytes() + shape_S.tobytes()
         return assemble(
             CODEC_ID, FIXED, numel, self.kept, side, count_S.tobytes() if counted else b"",
-            _pack_values(np.concatenate(value)),
-            _pack_codes(np.concatenate(code), np.concatenate(width)),
+            _pack_picks(np.concatenate(picks)),
+            _pack_codes(np.concatenate(codes), np.concatenate(widths)),
             bits=BITS, table=int(counted),
         )  # fmt: skip
 
@@ -260,9 +260,10 @@ def _gap_bits_max(kept: int) -> int:
 class _Piece(NamedTuple):
     """What one segment would send."""
 
-    place_E: Int64
-    value_E: Bytes
-    """Bit 0: negative; bit 1: large."""
+    places: Int64
+    """(E,), rising."""
+    picks: Bytes
+    """(E,): bit 0: negative; bit 1: large."""
     scale: int
     """Of the large magnitude, in quarter octaves."""
     ratio: int
@@ -289,8 +290,8 @@ def _survey(x_N: Float32, word_N: npt.NDArray[np.uint32], limit: int) -> _Piece:
     ratio = int(np.abs(np.float32(small) - large_size * RATIO_R).argmin())
     half = (large_size + large_size * RATIO_R[ratio]) * np.float32(0.5)
     is_large_E = lifted_E.astype(np.int64).astype(np.float32) > half
-    value_E = np.signbit(x_N[place_E]).astype(np.uint8) | is_large_E.astype(np.uint8) << 1
-    return _Piece(place_E, value_E, quarters + 4 * (exponent - FIXED_POINT), ratio)
+    pick_E = np.signbit(x_N[place_E]).astype(np.uint8) | is_large_E.astype(np.uint8) << 1
+    return _Piece(place_E, pick_E, quarters + 4 * (exponent - FIXED_POINT), ratio)
 
 
 def _two_means(size_E: Int64) -> tuple[int, int]:
@@ -341,8 +342,9 @@ def _golomb(gap_E: Int64, modulus: int) -> tuple[npt.NDArray[np.uint64], Int64]:
     code_E = (rest_code_E << 1 | 1) << np.minimum(whole_E, UNARY_MAX)
     width_E = whole_E + 1 + floor + long_E
     escape_E = whole_E >= UNARY_MAX
-    code_E = np.where(escape_E, gap_E << UNARY_MAX, code_E).astype(np.uint64)
-    return code_E, np.where(escape_E, UNARY_MAX + GAP_BITS, width_E)
+    code_E = np.where(escape_E, gap_E << UNARY_MAX, code_E)
+    width_E = np.where(escape_E, UNARY_MAX + GAP_BITS, width_E)
+    return code_E.astype(np.uint64), width_E.astype(np.int64)
 
 
 def _pack_codes(code_T: npt.NDArray[np.uint64], width_T: Int64) -> bytes:
@@ -351,9 +353,9 @@ def _pack_codes(code_T: npt.NDArray[np.uint64], width_T: Int64) -> bytes:
     return np.packbits(bits_TJ[bit < width_T[:, None]], bitorder="little").tobytes()
 
 
-def _pack_values(value_E: Bytes) -> bytes:
-    padded = np.zeros(-(-len(value_E) // 4) * 4, np.uint8)
-    padded[: len(value_E)] = value_E
+def _pack_picks(pick_E: Bytes) -> bytes:
+    padded = np.zeros(-(-len(pick_E) // 4) * 4, np.uint8)
+    padded[: len(pick_E)] = pick_E
     return (padded[0::4] | padded[1::4] << 2 | padded[2::4] << 4 | padded[3::4] << 6).tobytes()
 
 
@@ -361,9 +363,9 @@ def _pack_values(value_E: Bytes) -> bytes:
 class _Sent(NamedTuple):
     """A frame's values, checked."""
 
-    place_E: npt.NDArray[np.uint32]
-    """In the chunk; no place twice."""
-    value_E: Float32
+    places: npt.NDArray[np.uint32]
+    """(E,) in the chunk; no place twice."""
+    values: Float32
 
 
 def _read(payload: Payload, numel: int, weight: np.float32) -> _Sent | None:
@@ -417,7 +419,7 @@ def _read(payload: Payload, numel: int, weight: np.float32) -> _Sent | None:
     compiled = sparse_kernels()
     if compiled is None:
         place_E = _read_gaps(frame.body[gaps:], modulus_S, count_S, numel)
-        value_E = book_SD[np.repeat(np.arange(segments), count_S), _values(body[side:gaps], sent)]
+        value_E = book_SD[np.repeat(np.arange(segments), count_S), _picks(body[side:gaps], sent)]
         return _Sent(place_E, value_E)
     place_E, value_E = np.empty(sent, np.uint32), np.empty(sent, np.float32)
     fault = compiled.decode_frame(
@@ -432,14 +434,14 @@ def _write(sent: _Sent, out_N: Float32) -> None:
     """out[place] += value."""
     compiled = sparse_kernels()
     if compiled is None:
-        out_N[sent.place_E] += sent.value_E
+        out_N[sent.places] += sent.values
     else:
-        compiled.scatter(sent.place_E, sent.value_E, out_N)
+        compiled.scatter(sent.places, sent.values, out_N)
 
 
-def _values(plane: Bytes, sent: int) -> Bytes:
-    picks = np.stack([plane >> shift & 3 for shift in (0, 2, 4, 6)], 1)
-    return picks.reshape(-1)[:sent]
+def _picks(plane: Bytes, sent: int) -> Bytes:
+    pick_E: Bytes = np.stack([plane >> shift & 3 for shift in (0, 2, 4, 6)], 1).reshape(-1)
+    return pick_E[:sent]
 
 
 def _read_gaps(

@@ -49,14 +49,23 @@ _OPTIONS: Final[dict[str, Any]] = {
     "boundscheck": False,
 }
 
+
+# As in `tensorcodecs.kernels`: what Python calls is compiled when this module is first imported.
+def _readable(kind: Any, ndim: int = 1) -> Any:
+    return types.Array(kind, ndim, "C", readonly=True)
+
+
+_F32, _U8, _U32 = types.float32, types.uint8, types.uint32
+_INT, _BOOL = types.int64, types.boolean
+
 _QUARTER: Final = np.uint32(np.float32(2**0.25).view(np.uint32) & 0x7FFFFF)
 _THREE_QUARTERS: Final = np.uint32(np.float32(2**0.75).view(np.uint32) & 0x7FFFFF)
 _STEPS: Final = np.array([2 ** (k / 4) for k in range(4)], np.float32)
 
 BAD_PLACE: Final = 1
 BAD_STREAM: Final = 2
-_I32: Final = ir.IntType(32)
-_I64: Final = ir.IntType(64)
+_WORD: Final = ir.IntType(32)
+_MARKS: Final = ir.IntType(64)
 
 
 @intrinsic
@@ -66,10 +75,10 @@ def not_below(typing: Any, words: Any, at: Any, bound: Any) -> Any:
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         source = _at(context, builder, (sig.args[0], args[0]), args[1])
-        magnitude = ir.Constant(_vector(_I32, _MASK), [0x7FFFFFFF] * _MASK)
-        value = builder.and_(_load(builder, source, _vector(_I32, _MASK), 4), magnitude)
+        magnitude = ir.Constant(_vector(_WORD, _MASK), [0x7FFFFFFF] * _MASK)
+        value = builder.and_(_load(builder, source, _vector(_WORD, _MASK), 4), magnitude)
         found = builder.icmp_unsigned(">=", value, _splat(builder, args[2], _MASK))
-        return builder.bitcast(found, _I64)
+        return builder.bitcast(found, _MARKS)
 
     return signature, generate
 
@@ -117,7 +126,7 @@ def count_from(words: Any, first: int, length: int, bound: int) -> int:
 
 
 @njit(**_OPTIONS)
-def collect(words: Any, first: int, length: int, bound: int, place_C: Any, word_C: Any) -> int:
+def collect(words: Any, first: int, length: int, bound: int, place_C: Any, word_C: Any) -> Any:
     """Places and magnitudes of those that are at least `bound`, padded with 64 zeros; how many."""
     have = _U(0)
     for at in range(0, length, _MASK):
@@ -311,7 +320,14 @@ def limit_of(length: int, kept: int) -> int:
     return (kept * length + _SEGMENT - 1) // _SEGMENT
 
 
-@njit(**_OPTIONS)
+@njit(
+    [
+        types.Tuple((_INT, _BOOL))(
+            _readable(_F32), _readable(_U32), _INT, _readable(_INT), _readable(_F32), _U8[::1]
+        )
+    ],
+    **_OPTIONS,
+)
 def encode_frame(x: Any, words: Any, kept: int, modulus_M: Any, ratio_R: Any, out: Any) -> Any:
     """A chunk's body into `out`. `words` is `x` seen as uint32.
 
@@ -350,9 +366,9 @@ def encode_frame(x: Any, words: Any, kept: int, modulus_M: Any, ratio_R: Any, ou
         value_E = value_SE[segment, :count]
         scale, ratio = shape(word_C[:count], ratio_R, size_E[:count], value_E)
         for i in range(count):
-            place = np.int64(place_C[i])
-            place_SE[segment, i] = np.uint16(place)
-            negative = words[first + place] >> np.uint32(31)
+            index = np.int64(place_C[i])
+            place_SE[segment, i] = np.uint16(index)
+            negative = words[first + index] >> np.uint32(31)
             value_E[i] = np.uint8(np.uint32(value_E[i]) << np.uint32(1) | negative)
         count_S[segment] = count
         scale_S[segment] = scale
@@ -380,9 +396,9 @@ def encode_frame(x: Any, words: Any, kept: int, modulus_M: Any, ratio_R: Any, ou
             plane += 2
     start = plane + (2 * sent + 7) // 8
     out[plane:start] = np.uint8(0)
-    place = _U(start)
-    held = _U(0)
-    bits = _U(0)
+    place: Any = _U(start)
+    held: Any = _U(0)
+    bits: Any = _U(0)
     done = 0
     for segment in range(segments):
         count = count_S[segment]
@@ -391,7 +407,7 @@ def encode_frame(x: Any, words: Any, kept: int, modulus_M: Any, ratio_R: Any, ou
             out[shapes + segment] = np.uint8(0)
             continue
         gap_E = size_E[:count]
-        before = -1
+        before: Any = -1
         for i in range(count):
             here = np.int64(place_SE[segment, i])
             gap_E[i] = here - before - 1
@@ -408,7 +424,15 @@ def encode_frame(x: Any, words: Any, kept: int, modulus_M: Any, ratio_R: Any, ou
     return np.int64(place) + (1 if bits > _U(0) else 0), counted
 
 
-@njit(**_OPTIONS)
+@njit(
+    [
+        _INT(
+            _readable(_U8), _INT, _INT, _readable(_INT), _readable(_INT), _readable(_F32, 2),
+            _INT, _U32[::1], _F32[::1],
+        )
+    ],
+    **_OPTIONS,
+)  # fmt: skip
 def decode_frame(
     data: Any, plane: int, start: int, modulus_S: Any, count_S: Any, book_SD: Any, numel: int,
     place_E: Any, value_E: Any,
@@ -419,7 +443,7 @@ def decode_frame(
     pad[:size] = data[start:]
     pad[size:] = np.uint8(0)
     stop_bits = _U(8 * size)
-    at = _U(0)
+    at: Any = _U(0)
     done = 0
     for segment in range(count_S.size):
         first = segment * _SEGMENT
@@ -430,7 +454,7 @@ def decode_frame(
             floor += 1
         short = (2 << floor) - modulus
         mask = _U((1 << floor) - 1)
-        place = -1
+        place: Any = -1
         for _ in range(count_S[segment]):
             if at > stop_bits:
                 return BAD_STREAM
@@ -461,7 +485,7 @@ def decode_frame(
     return 0
 
 
-@njit(**_OPTIONS)
+@njit([types.void(_readable(_U32), _readable(_F32), _F32[::1])], **_OPTIONS)
 def scatter(place_E: Any, value_E: Any, out: Any) -> None:
     """out[place] += value."""
     for i in range(place_E.size):
