@@ -5,15 +5,15 @@ a * rms, or as much more as its largest value needs, rounded to a quarter of an 
 one byte; values become rint(x / step) within
 +-7, +-3 or +-1, and decode to the mean of what was rounded to each level (a small codebook per
 chunk). Level two: three, four or six levels are packed into a symbol and Huffman-coded with a
-shipped table, or with a table of the chunk's own where that saves more than 0.5 %.
+shipped table, or with a table of the chunk's own where that saves more than 2 %.
 
 On pseudo-gradients this needs the fewest bits for its error of everything that was measured above
 1.2 bits per value (docs/results/wire.md); `a` is the rate knob. It is 0.26 bits above the Shannon
 bound of a normal source, and a better entropy coder could win 0.02 of them.
 
-Body: i16 largest step exponent, quarter octaves; i16 codebook entries of levels 1.., in 1/4096 of
-a step above the level; u8 per block: quarter octaves below the largest, 255: all zero; (mode OWN:
-u8 per magnitude, `huffman.shown_weights`); then the coded section (`plain.encode_symbols`), or the
+Body: (mode OWN: u8 per magnitude, `huffman.shown_weights`;) i16 largest step exponent, quarter
+octaves; i16 codebook entries of levels 1.., in 1/4096 of a step above the level; u8 per block:
+quarter octaves below the largest, 255: all zero; then the coded section (`plain.encode_symbols`), or the
 packed digits, raw or by zstd.
 """
 
@@ -59,39 +59,75 @@ RATE_MIN: Final = 0.45
 RATE_MAX: Final = 4.0
 _BATCH: Final = 8  # chunks from one pass to the next: what a core's cache still holds
 _CLIP: Final = 1.25  # how far beyond the last level's edge a value may lie; 1 to 2 were measured
-_OWN_GAIN: Final = 0.005  # what a chunk's own table must save
+_OWN_GAIN: Final = 0.02  # what a chunk's own table must save: building one takes a millisecond
 _FLOAT: Final = struct.Struct("<f")
 _STEP: Final = struct.Struct("<h")
 _SPARSE_BITS: Final = 0.4  # per value: below, zstd finds runs that a code per symbol can't use
 
-# Weights of the magnitudes 0, 1, ... of normal values whose blocks' steps are within an eighth of
-# an octave of a * rms, for these a. They fix the bytes of version 1.
-_TABLES: Final[dict[int, dict[float, Weights]]] = {
-    4: {
-        0.45: (65535, 59258, 43840, 26594, 13275, 5479, 1881, 704),
-        0.50: (65535, 57905, 39986, 21649, 9238, 3129, 848, 224),
-        0.56: (65535, 56159, 35397, 16490, 5723, 1496, 298, 52),
-        0.63: (65535, 53980, 30241, 11609, 3091, 580, 78, 8),
-        0.71: (65535, 51344, 24784, 7455, 1423, 176, 14, 1),
-        0.80: (65535, 48252, 19367, 4309, 546, 41, 2, 1),
-        0.90: (65535, 44740, 14346, 2212, 170, 7, 1, 1),
-    },
-    3: {
-        0.95: (65535, 42978, 12229, 1646),
-        1.06: (65535, 39147, 8433, 701),
-        1.19: (65535, 34786, 5257, 240),
-        1.33: (65535, 30402, 3049, 70),
-        1.50: (65535, 25612, 1505, 14),
-        1.68: (65535, 21228, 678, 2),
-    },
-    2: {
-        1.75: (65535, 20203),
-        2.00: (65535, 15230),
-        2.30: (65535, 10945),
-        2.70: (65535, 7075),
-        3.20: (65535, 4069),
-        4.00: (65535, 1598),
-    },
+# Weights of the magnitudes 0, 1, ... in blocks of normal, Laplace and Student-t values, coded with
+# these steps by the codec itself. They fix the bytes of version 1.
+_TABLES: Final[dict[int, tuple[Weights, ...]]] = {
+    4: (
+        (65535, 59217, 44033, 26676, 13287, 5451, 1856, 647),  # normal, 0.45
+        (65535, 57881, 40186, 21783, 9274, 3122, 835, 199),  # normal, 0.5
+        (65535, 56126, 35622, 16585, 5767, 1482, 274, 45),  # normal, 0.56
+        (65535, 53996, 30373, 11613, 3063, 548, 66, 7),  # normal, 0.63
+        (65535, 51473, 24917, 7475, 1400, 159, 11, 1),  # normal, 0.71
+        (65535, 48411, 19538, 4350, 529, 36, 1, 1),  # normal, 0.8
+        (65535, 44832, 14372, 2181, 153, 6, 1, 1),  # normal, 0.9
+        (65535, 39398, 19835, 10106, 5207, 2679, 1396, 1483),  # Laplace, 0.45
+        (65535, 38274, 18464, 9011, 4392, 2159, 1038, 979),  # Laplace, 0.5
+        (65535, 36600, 16514, 7513, 3410, 1538, 696, 542),  # Laplace, 0.56
+        (65535, 34381, 14140, 5878, 2414, 982, 397, 258),  # Laplace, 0.63
+        (65535, 31898, 11776, 4375, 1602, 583, 203, 111),  # Laplace, 0.71
+        (65535, 29293, 9572, 3131, 1006, 314, 97, 43),  # Laplace, 0.8
+        (65535, 26608, 7576, 2128, 590, 156, 42, 15),  # Laplace, 0.9
+        (65535, 33321, 11563, 4406, 1898, 918, 485, 853),  # Student t3, 0.45
+        (65535, 33221, 11303, 4192, 1765, 842, 440, 754),  # Student t3, 0.5
+        (65535, 32861, 10679, 3774, 1541, 719, 371, 612),  # Student t3, 0.56
+        (65535, 31954, 9595, 3169, 1241, 565, 292, 454),  # Student t3, 0.63
+        (65535, 30361, 8155, 2496, 943, 417, 215, 315),  # Student t3, 0.71
+        (65535, 28151, 6613, 1870, 678, 299, 143, 212),  # Student t3, 0.8
+        (65535, 25451, 5120, 1349, 470, 202, 97, 137),  # Student t3, 0.9
+    ),
+    3: (
+        (65535, 43105, 12321, 1632),  # normal, 0.95
+        (65535, 39284, 8423, 670),  # normal, 1.06
+        (65535, 34974, 5266, 226),  # normal, 1.19
+        (65535, 30590, 3061, 63),  # normal, 1.33
+        (65535, 25713, 1477, 12),  # normal, 1.5
+        (65535, 21339, 662, 2),  # normal, 1.68
+        (65535, 23258, 5604, 1842),  # Laplace, 0.95
+        (65535, 21937, 4760, 1320),  # Laplace, 1.06
+        (65535, 19985, 3720, 822),  # Laplace, 1.19
+        (65535, 17846, 2760, 476),  # Laplace, 1.33
+        (65535, 15413, 1870, 238),  # Laplace, 1.5
+        (65535, 13193, 1234, 116),  # Laplace, 1.68
+        (65535, 14842, 2134, 856),  # Student t3, 0.95
+        (65535, 14565, 1987, 766),  # Student t3, 1.06
+        (65535, 13909, 1735, 633),  # Student t3, 1.19
+        (65535, 12900, 1442, 495),  # Student t3, 1.33
+        (65535, 11405, 1109, 357),  # Student t3, 1.5
+        (65535, 9814, 834, 253),  # Student t3, 1.68
+    ),
+    2: (
+        (65535, 19574),  # normal, 1.75
+        (65535, 15210),  # normal, 2
+        (65535, 11016),  # normal, 2.3
+        (65535, 7114),  # normal, 2.7
+        (65535, 4084),  # normal, 3.2
+        (65535, 1592),  # normal, 4
+        (65535, 8481),  # Laplace, 1.75
+        (65535, 8181),  # Laplace, 2
+        (65535, 7239),  # Laplace, 2.3
+        (65535, 5609),  # Laplace, 2.7
+        (65535, 3858),  # Laplace, 3.2
+        (65535, 3760),  # Student t3, 1.75
+        (65535, 3729),  # Student t3, 2
+        (65535, 3581),  # Student t3, 2.3
+        (65535, 3147),  # Student t3, 2.7
+        (65535, 2456),  # Student t3, 3.2
+    ),
 }
 
 
@@ -108,7 +144,7 @@ class Tables(NamedTuple):
 @lru_cache(maxsize=3)
 def shipped_tables(bits: int) -> Tables:
     """Of levels of so many bits."""
-    weights = list(_TABLES[bits].values())
+    weights = _TABLES[bits]
     tables = tuple(level_table(bits, w) for w in weights)
     return Tables(
         tables,
@@ -223,22 +259,54 @@ class Ecsq:
                     raise EncodeError(first + unit * CHUNK_VALUES + error.index, error.value)
                 if size == 0:
                     frames.append(self.zero_frame(len(values)))
-                elif own_U[unit] or HEADER.size + size >= self.bytes_max(len(values)):
-                    frames.append(self._encode_plain(values))
                 else:
-                    frames.append(
-                        seal(
-                            out[unit * pitch :],
-                            size,
-                            CODEC_ID,
-                            FIXED,
-                            len(values),
-                            self.parameter,
-                            bits=self.bits,
-                            table=table,
-                        )
-                    )
+                    frame = seal(
+                        out[unit * pitch :], size, CODEC_ID, FIXED, len(values), self.parameter,
+                        bits=self.bits, table=table,
+                    )  # fmt: skip
+                    if own_U[unit] or len(frame) >= self.bytes_max(len(values)):
+                        frame = self._smallest(values, frame, count_UL[unit], own=bool(own_U[unit]))
+                    frames.append(frame)
         return frames
+
+    def _smallest(
+        self, x_N: Float32, fixed: bytes, count_L: npt.NDArray[np.int64], *, own: bool
+    ) -> bytes:
+        """The smallest frame of a chunk that the shipped table does not suit well."""
+        counts = [int(c) for c in count_L[: plain.top_of(self.bits) + 1]]
+        choices = []
+        if _entropy(counts) < _SPARSE_BITS:
+            choices.append(self._encode_digits(x_N, ZSTD))
+        if own:
+            choices.append(self._encode_own(x_N, show_weights(counts)))
+        best = min([*choices, fixed], key=len)
+        return best if len(best) < self.bytes_max(len(x_N)) else self._encode_digits(x_N, RAW)
+
+    def _encode_own(self, x_N: Float32, shown: bytes) -> bytes:
+        """One chunk with the table that `shown` describes."""
+        compiled = kernels()
+        assert compiled is not None
+        table = level_table(self.bits, shown_weights(shown))
+        start = HEADER.size + len(shown)
+        room = 2 * len(x_N) + 1024
+        out = np.empty(start + room, np.uint8)
+        out[HEADER.size : start] = np.frombuffer(shown, np.uint8)
+        info_U = np.zeros((1, 3), np.int64)
+        compiled.encode_chunks(
+            x_N, CHUNK_VALUES, self.square, self.reach, self.bits,
+            np.zeros((1, len(shown)), np.int64), table.entry_S[None], out[start:], room,
+            np.zeros((1, 8), np.int64), info_U, scratch.symbols, scratch.literals,
+        )  # fmt: skip
+        size = len(shown) + int(info_U[0, 0])
+        return seal(out, size, CODEC_ID, OWN, len(x_N), self.parameter, bits=self.bits, table=0)
+
+    def _encode_digits(self, x_N: Float32, mode: int) -> bytes:
+        """One chunk with its digits RAW or by ZSTD."""
+        side, level_N, _ = self._quantised(x_N, None)
+        digit_N = (level_N + plain.top_of(self.bits)).astype(np.uint8)
+        packed = plain.pack_digits(digit_N, self.bits)
+        body = bytes(compressed(packed)) if mode == ZSTD else packed.tobytes()
+        return assemble(CODEC_ID, mode, len(x_N), self.parameter, side, body, bits=self.bits)
 
     def zero_frame(self, numel: int) -> bytes:
         """`numel` zeros."""
@@ -259,13 +327,31 @@ class Ecsq:
 
     def _encode_plain(self, x_N: Float32, seed: int | None = None) -> bytes:
         """One chunk in whatever mode is smallest."""
-        numel, top = len(x_N), plain.top_of(self.bits)
+        if not len(x_N):
+            return self.zero_frame(0)
+        side, level_N, count_L = self._quantised(x_N, seed)
+        if not side:
+            return self.zero_frame(len(x_N))
+        mode, table, shown, body = self._pack(level_N, count_L)
+        return assemble(
+            CODEC_ID, mode, len(x_N), self.parameter, shown, side, body, bits=self.bits, table=table
+        )
+
+    def _quantised(
+        self, x_N: Float32, seed: int | None
+    ) -> tuple[bytes, npt.NDArray[np.int8], npt.NDArray[np.int64]]:
+        """Side data (b"" if all is zero), levels, and how often each magnitude was sampled.
+
+        Raises:
+            EncodeError: a value can't be sent.
+        """
+        top = plain.top_of(self.bits)
         step_B = plain.block_steps(x_N, self.square, self.reach)
         if (step_B == plain.REFUSED).any():
             raise refuse_values(x_N)
-        peak = int(step_B.max(initial=plain.NO_SCALE))
+        peak = int(step_B.max())
         if peak == plain.NO_SCALE:
-            return self.zero_frame(numel)
+            return b"", np.zeros(len(x_N), np.int8), np.zeros(top + 1, np.int64)
         code_B, inverse_B = plain.scale_codes(step_B, peak)
         if seed is None:
             level_N = plain.levels_of(x_N, inverse_B, top)
@@ -276,34 +362,33 @@ class Ecsq:
         if seed is not None:
             entry_L[:] = 0  # means would bring the bias back
         side = _STEP.pack(peak) + entry_L.astype("<i2").tobytes() + code_B.tobytes()
-        mode, table, body = self._pack(level_N, count_L)
-        return assemble(
-            CODEC_ID, mode, numel, self.parameter, side, body, bits=self.bits, table=table
-        )
+        return side, level_N, count_L
 
     def _pack(
         self, level_N: npt.NDArray[np.int8], count_L: npt.NDArray[np.int64]
-    ) -> tuple[int, int, bytes]:
-        """The smallest of: raw, zstd, a shipped table, an own one. (mode, table, bytes)"""
+    ) -> tuple[int, int, bytes, bytes]:
+        """The smallest of: raw, zstd, a shipped table, an own one. (mode, table, weights, bytes)"""
         digit_N = (level_N + plain.top_of(self.bits)).astype(np.uint8)
         packed = plain.pack_digits(digit_N, self.bits)
-        choices = [(RAW, 0, packed.tobytes())]
+        choices = [(RAW, 0, b"", packed.tobytes())]
         counts = [int(c) for c in count_L]
+        if kernels() is None:  # coding streams bit by bit with numpy would take a second
+            choices.append((ZSTD, 0, b"", bytes(compressed(packed))))
+            return min(choices, key=lambda choice: len(choice[3]))
         entropy = _entropy(counts)
         symbol_T = plain.symbols_of(level_N, self.bits)
         cost_T = self.shipped.cost_TL @ count_L
         best = int(cost_T.argmin())
         own = entropy < (1 - _OWN_GAIN) * float(cost_T[best]) / 256 / max(1, sum(counts))
-        if kernels() is None or entropy < _SPARSE_BITS:
-            choices.append((ZSTD, 0, bytes(compressed(packed))))
-        if kernels() is not None or len(level_N) <= CHUNK_VALUES:
-            if own:
-                shown = show_weights(counts)
-                table = level_table(self.bits, shown_weights(shown))
-                choices.append((OWN, 0, shown + plain.encode_symbols(symbol_T, table)))
-            table = self.shipped.tables[best]
-            choices.append((FIXED, best, plain.encode_symbols(symbol_T, table)))
-        return min(choices, key=lambda choice: len(choice[2]))
+        if entropy < _SPARSE_BITS:
+            choices.append((ZSTD, 0, b"", bytes(compressed(packed))))
+        if own:
+            shown = show_weights(counts)
+            table = level_table(self.bits, shown_weights(shown))
+            choices.append((OWN, 0, shown, plain.encode_symbols(symbol_T, table)))
+        table = self.shipped.tables[best]
+        choices.append((FIXED, best, b"", plain.encode_symbols(symbol_T, table)))
+        return min(choices, key=lambda choice: len(choice[2]) + len(choice[3]))
 
     # ── decoding ─────────────────────────────────────────────────────────────────────────
     def decode_into(self, payload: Payload, out_N: Float32) -> None:
@@ -361,20 +446,42 @@ class Ecsq:
                 numel = min(CHUNK_VALUES, len(out_N) - at)
                 begin, end = int(start_U[unit]), int(stop_U[unit])
                 frame = Frame.parse(view[begin:end], CODEC_ID, numel)
-                if frame.mode == FIXED and compiled is not None and frame.bits in _TABLES:
+                start = begin + HEADER.size
+                if compiled is None or frame.bits not in _TABLES:
+                    _read_plain(frame, out_N[at : at + numel], weight, add=add)
+                elif frame.mode == FIXED:
                     if frame.table >= len(_TABLES[frame.bits]):
                         raise DecodeError(f"table {frame.table} is not known")
-                    found = (unit, begin + HEADER.size, end, frame.table)
-                    bodies.setdefault(frame.bits, []).append(found)
+                    bodies.setdefault(frame.bits, []).append((unit, start, end, frame.table))
+                elif frame.mode == OWN:
+                    table, shown = _own_table(frame)
+                    body = [(unit, start + shown, end, 0)]
+                    _decode_coded(
+                        array, frame.bits, table.lookup_W[None], body, out_N, weight, add=add
+                    )
                 else:
                     _read_plain(frame, out_N[at : at + numel], weight, add=add)
             for bits, found_U in bodies.items():
-                _decode_fixed(array, bits, found_U, out_N, weight, add=add)
+                lookup_TW = shipped_tables(bits).lookup_TW
+                _decode_coded(array, bits, lookup_TW, found_U, out_N, weight, add=add)
 
 
-def _decode_fixed(
+def _own_table(frame: Frame) -> tuple[Table, int]:
+    """The table that the body begins with, and how many bytes that takes.
+
+    Raises:
+        DecodeError: they are not there.
+    """
+    size = plain.top_of(frame.bits) + 1
+    if frame.table or len(frame.body) < size:
+        raise DecodeError("a code table that is not complete")
+    return level_table(frame.bits, shown_weights(bytes(frame.body[:size]))), size
+
+
+def _decode_coded(
     data: Bytes,
     bits: int,
+    lookup_TW: npt.NDArray[np.uint32],
     bodies: list[tuple[int, int, int, int]],
     out_N: Float32,
     weight: np.float32,
@@ -386,7 +493,7 @@ def _decode_fixed(
     assert compiled is not None
     unit_U, start_U, stop_U, table_U = np.array(bodies, np.int64).T.copy()
     fault = compiled.decode_chunks(
-        data, start_U, stop_U, bits, unit_U, table_U, shipped_tables(bits).lookup_TW, out_N,
+        data, start_U, stop_U, bits, unit_U, table_U, lookup_TW, out_N,
         CHUNK_VALUES, add, weight, scratch.symbols, scratch.bytes,
     )  # fmt: skip
     if fault:
@@ -406,27 +513,26 @@ def _read_plain(frame: Frame, out_N: Float32, weight: np.float32, *, add: bool) 
         raise DecodeError(f"levels of {bits} bits are not known")
     top, blocks = plain.top_of(bits), plain.blocks_of(numel)
     side = 2 + 2 * top + blocks
-    if len(frame.body) < side:
+    body = frame.body
+    if frame.mode == OWN:
+        table, shown = _own_table(frame)
+        body = body[shown:]
+    if len(body) < side:
         raise DecodeError("sizes of streams that don't add up")
-    (peak,) = _STEP.unpack_from(frame.body)
-    book = plain.read_book(np.frombuffer(frame.body[2 : 2 + 2 * top], "<i2"), top)
-    code_B = np.frombuffer(frame.body[2 + 2 * top : side], np.uint8)
+    (peak,) = _STEP.unpack_from(body)
+    book = plain.read_book(np.frombuffer(body[2 : 2 + 2 * top], "<i2"), top)
+    code_B = np.frombuffer(body[2 + 2 * top : side], np.uint8)
     scale_B = plain.read_scales(code_B, peak) * weight
-    rest = frame.body[side:]
+    rest = body[side:]
     if frame.mode in (RAW, ZSTD):
         if frame.table:
             raise DecodeError(f"table {frame.table} makes no sense here")
         packed = frame.plane(rest, plain.packed_bytes(numel, bits))
         digit_N = plain.unpack_digits(packed, numel, bits)
     else:
-        if frame.mode == OWN:
-            if frame.table or len(rest) < top + 1:
-                raise DecodeError("a code table that is not complete")
-            table = level_table(bits, shown_weights(bytes(rest[: top + 1])))
-            rest = rest[top + 1 :]
-        elif frame.mode == FIXED and frame.table < len(_TABLES[bits]):
+        if frame.mode == FIXED and frame.table < len(_TABLES[bits]):
             table = shipped_tables(bits).tables[frame.table]
-        else:
+        elif frame.mode != OWN:
             raise DecodeError(f"mode {frame.mode} with table {frame.table} is not known")
         symbol_T = plain.read_section(rest, plain.length_of(numel, plain.planes_of(bits)), table)
         digit_N = plain.digits_of(symbol_T, numel, bits)

@@ -187,7 +187,8 @@ def _scale_kernel(
 def _describe_kernel(
     x: tl.tensor, step_B: tl.tensor, cost_TL: tl.tensor, inverse_B: tl.tensor, side_U: tl.tensor,
     info_U: tl.tensor, CHUNK: tl.constexpr, BITS: tl.constexpr, TABLES: tl.constexpr,
-    BLOCKS_MAX: tl.constexpr, SAMPLES_MAX: tl.constexpr, INFO: tl.constexpr,
+    TABLES_MAX: tl.constexpr, BLOCKS_MAX: tl.constexpr, SAMPLES_MAX: tl.constexpr,
+    INFO: tl.constexpr,
 ) -> None:  # fmt: skip
     """One chunk's side data (scales, codebook) and, from its sample, the table that suits it."""
     BLOCKS: tl.constexpr = CHUNK // _BLOCK
@@ -218,7 +219,7 @@ def _describe_kernel(
     fixed = (scaled * 4096.0).to(tl.int32)
     level = (scaled + _MAGIC).to(tl.int32, bitcast=True) - _MAGIC_BITS
     level = tl.where(inside[:, None], tl.minimum(level, TOP), -1)
-    table = tl.arange(0, 8)
+    table = tl.arange(0, TABLES_MAX)
     known = table < TABLES
     cost = tl.where(known, 0, 1 << 30)
     for magnitude in tl.static_range(TOP + 1):
@@ -651,6 +652,7 @@ def code(codec: Ecsq, x_N: torch.Tensor, *, chunk: int = CHUNK_VALUES) -> Coded:
     pitch = (each * LENGTH_MAX + 31) // 32
     most = side + 2 * streams + 2 + 4 * pitch * streams + 2 * length
     constants = _constants(bits, x_N.device)
+    tables = len(constants.cost_TL)
     empty = _allocator(x_N.device)
     step_B = empty(units * blocks, torch.int32)
     inverse_B = empty(units * blocks, torch.float32)
@@ -668,8 +670,8 @@ def code(codec: Ecsq, x_N: torch.Tensor, *, chunk: int = CHUNK_VALUES) -> Coded:
         )  # fmt: skip
         _describe_kernel[(units,)](
             x_N, step_B, constants.cost_TL, inverse_B, side_U, info_U, chunk, bits,
-            len(constants.cost_TL), triton.next_power_of_2(blocks),
-            triton.next_power_of_2(-(-blocks // plain.SAMPLE)), _INFO, num_warps=4, **_PRECISE,
+            tables, triton.next_power_of_2(tables), triton.next_power_of_2(blocks),
+            triton.next_power_of_2(-(-blocks // plain.SAMPLE)), _INFO, num_warps=8, **_PRECISE,
         )  # fmt: skip
         _quantise_kernel[(units * triton.cdiv(length // plain.BLOCK, _ROWS),)](
             x_N, inverse_B, symbol_T, chunk, bits, _ROWS, num_warps=4, **_PRECISE
@@ -867,22 +869,23 @@ class _Group:
         """
         top = plain.top_of(self.bits)
         side = 2 + 2 * top + plain.blocks_of(self.chunk)
-        table = frame.table
+        table, start = frame.table, 0
         if frame.mode == OWN:
-            shown = bytes(frame.body[side : side + top + 1])
-            if table or len(shown) < top + 1:
+            start = top + 1
+            shown = bytes(frame.body[:start])
+            if table or len(shown) < start:
                 raise DecodeError("a code table that is not complete")
             if shown not in self._own:
                 self._own[shown] = len(self._tables)
                 self._tables.append(level_table(self.bits, shown_weights(shown)))
             table = self._own[shown]
-            side += top + 1
         elif table >= len(shipped_tables(self.bits).tables):
             raise DecodeError(f"table {table} is not known")
         streams = plain.streams_of(self.chunk // plain.planes_of(self.bits))
-        if len(frame.body) < side + 2 * streams + 2:
+        if len(frame.body) < start + side + 2 * streams + 2:
             raise DecodeError(plain.FAULTS[1])
-        self._place.append((place, place + side, place + len(frame.body)))
+        body = place + start
+        self._place.append((body, body + side, place + len(frame.body)))
         self._which.append((unit, table))
 
     def upload(self, data: torch.Tensor) -> _Staged:
