@@ -260,9 +260,10 @@ def require_vector(x_N: Float32, limit: int = FRAME_VALUES_MAX) -> None:
     """Refuse what our own caller must not pass: another type, shape or stride, or too much.
 
     Raises:
-        ValueError: not a contiguous 1-D float32 array of at most `limit` values.
+        ValueError: not a contiguous, aligned 1-D float32 array of at most `limit` values.
     """
-    if x_N.dtype != np.float32 or x_N.ndim != 1 or not x_N.flags.c_contiguous:
+    flags = x_N.flags
+    if x_N.dtype != np.float32 or x_N.ndim != 1 or not (flags.c_contiguous and flags.aligned):
         raise ValueError(f"need a contiguous float32 vector, got {x_N.dtype} {x_N.shape}")
     if len(x_N) > limit:
         raise ValueError(f"{len(x_N)} values; a frame holds at most {limit}")
