@@ -1,4 +1,4 @@
-"""Chunks that codecs must survive, frames built by hand to lie about themselves, and numpy alone."""
+"""Chunks that codecs must survive, frames built by hand to lie about themselves, numpy alone."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from tensorcodecs import backend, plain
+from tensorcodecs import CODEC_NAMES, backend, plain
 from tensorcodecs.ecsq import CODEC_ID as ECSQ
 from tensorcodecs.ecsq import Ecsq
 from tensorcodecs.frame import FIXED, HEADER, OWN, RAW, ZSTD, assemble, checksum_of, compressed
 from tensorcodecs.huffman import byte_lengths, byte_table, level_table, show_weights, shown_weights
+from tensorcodecs.int8 import ZERO_BELOW
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from tensorcodecs.plain import Int64
 
 INT8, BF16, FP32 = 1, 2, 3
+EVERY = (*CODEC_NAMES, "ecsq:0.7", "sparse")
+"""Codecs by name, those that a manifest can't name among them."""
 LENGTHS = (0, 1, 3, 5, 63, 64, 65, 4095, 4096, 4097, 10_001, 12_288, 65_537, 98_303, 98_304)
 
 
@@ -47,12 +50,13 @@ def chunks(numel: int, seed: int) -> Iterator[tuple[str, Float32]]:
     rare = np.zeros(numel, np.float32)
     rare[:: max(1, numel // 7)] = 1.5
     yield "rare", rare
-    steep = np.exp2(np.arange(numel // 256 + 1) % 40 * 3.3 - 64).repeat(256)[:numel]
+    steep = np.exp2(np.arange(numel // 256 + 1) % 40 * 3.2 - 64).repeat(256)[:numel]
     yield "steep", (steep * rng.standard_normal(numel)).astype(np.float32)
 
 
 def forge(
-    codec: int, numel: int, parameter: int, body: bytes, mode: int = ZSTD, *, bits: int = 0, table: int = 0
+    codec: int, numel: int, parameter: int, body: bytes, mode: int = ZSTD, *, bits: int = 0,
+    table: int = 0,
 ) -> bytes:  # fmt: skip
     """A frame with a valid checksum, whatever it says."""
     return assemble(codec, mode, numel, parameter, body, bits=bits, table=table)
@@ -93,6 +97,7 @@ class Parts(NamedTuple):
 
     def frame(self, mode: int, table: int = 0) -> bytes:
         """In this mode, even where an encoder would choose another."""
+        shown = b""
         if mode == RAW:
             body = self.digits
         elif mode == ZSTD:
@@ -100,18 +105,18 @@ class Parts(NamedTuple):
         elif mode == OWN:
             shown = show_weights(self.counts)
             own = level_table(self.codec.bits, shown_weights(shown))
-            body = shown + plain.encode_symbols(self.symbols, own)
+            body = plain.encode_symbols(self.symbols, own)
         else:
             assert mode == FIXED
             body = plain.encode_symbols(self.symbols, self.codec.shipped.tables[table])
         return forge(
-            ECSQ, self.numel, self.codec.parameter, self.side + body, mode,
+            ECSQ, self.numel, self.codec.parameter, shown + self.side + body, mode,
             bits=self.codec.bits, table=table,
         )  # fmt: skip
 
     @property
     def section(self) -> int:
-        """Where a FIXED frame's coded section starts; an OWN frame's code table does there."""
+        """Where a FIXED frame's coded section starts."""
         return HEADER.size + len(self.side)
 
 
@@ -120,17 +125,20 @@ def coded_int8(x: Float32, block: int = 4096) -> bytes:
     numel = len(x)
     padded = np.zeros(-(-numel // block) * block, np.float32)
     padded[:numel] = x
-    scale_B = np.abs(padded).reshape(-1, block).max(1, initial=0) / np.float32(127)
+    peak_B = np.abs(padded).reshape(-1, block).max(1, initial=0)
+    scale_B = np.where(peak_B >= ZERO_BELOW, peak_B, 0) / np.float32(127)
     inverse_N = np.repeat(1 / np.where(scale_B > 0, scale_B, np.inf), block)[:numel]
     symbol_N = (np.rint(x * inverse_N) + 127).astype(np.uint16)
-    return own_int8(scale_B.astype(np.float32), symbol_N, np.bincount(symbol_N, minlength=256), block)
+    return own_int8(
+        scale_B.astype(np.float32), symbol_N, np.bincount(symbol_N, minlength=256), block
+    )
 
 
-def own_int8(scale_B: Float32, symbol_N: plain.Symbols, counts: Int64, block: int) -> bytes:
+def own_int8(scales: Float32, symbols: plain.Symbols, counts: Int64, block: int) -> bytes:
     """An int8 frame of these scales and symbols (level + 127)."""
     lengths = byte_lengths(counts.astype(np.int64))
-    coded = plain.encode_symbols(symbol_N, byte_table(lengths))
-    return forge(INT8, len(symbol_N), block, scale_B.tobytes() + lengths + coded, OWN)
+    coded = plain.encode_symbols(symbols, byte_table(lengths))
+    return forge(INT8, len(symbols), block, scales.tobytes() + lengths + coded, OWN)
 
 
 def section_of(sizes: Sequence[int], literals: int, rest: bytes) -> bytes:
@@ -138,21 +146,28 @@ def section_of(sizes: Sequence[int], literals: int, rest: bytes) -> bytes:
     return np.array([*sizes, literals], "<u2").tobytes() + rest
 
 
+_LOADERS = ("kernels", "sparse_kernels")
+
+
 @contextmanager
 def numpy_alone() -> Iterator[None]:
     """As on a machine without numba."""
+    loaders = {loader: getattr(backend, loader) for loader in _LOADERS if hasattr(backend, loader)}
     users = [
-        module
+        (vars(module), loader)
         for name, module in sys.modules.items()
-        if name.startswith("tensorcodecs.") and getattr(module, "kernels", None) is backend.kernels
+        if name.startswith("tensorcodecs.") and name != backend.__name__
+        for loader in loaders
+        if vars(module).get(loader) is loaders[loader]
     ]
-    for module in users:
-        vars(module)["kernels"] = _no_kernels
+    assert users
+    for names, loader in users:
+        names[loader] = _no_kernels
     try:
         yield
     finally:
-        for module in users:
-            vars(module)["kernels"] = backend.kernels
+        for names, loader in users:
+            names[loader] = loaders[loader]
 
 
 def _no_kernels() -> None:

@@ -1,0 +1,1 @@
+"""Attacks on what reads strangers' bytes: `python -m tests.fuzz codecs --frames N`."""
