@@ -13,8 +13,8 @@ bound of a normal source, and a better entropy coder could win 0.02 of them.
 
 Body: (mode OWN: u8 per magnitude, `huffman.shown_weights`;) i16 largest step exponent, quarter
 octaves; i16 codebook entries of levels 1.., in 1/4096 of a step above the level; u8 per block:
-quarter octaves below the largest, 255: all zero; then the coded section (`plain.encode_symbols`), or the
-packed digits, raw or by zstd.
+quarter octaves below the largest, 255: all zero; then the coded section (`plain.encode_symbols`),
+or the packed digits, raw or by zstd.
 """
 
 from __future__ import annotations
@@ -31,10 +31,13 @@ from tensorcodecs import plain
 from tensorcodecs.backend import kernels
 from tensorcodecs.errors import DecodeError, EncodeError
 from tensorcodecs.frame import (
+    CHECKED,
     FIXED,
     HEADER,
+    MAGIC,
     OWN,
     RAW,
+    VERSION,
     ZERO,
     ZSTD,
     Bytes,
@@ -42,6 +45,7 @@ from tensorcodecs.frame import (
     Frame,
     Payload,
     assemble,
+    checksum_of,
     compressed,
     refuse_values,
     require_vector,
@@ -52,7 +56,7 @@ from tensorcodecs.huffman import Table, Weights, level_table, show_weights, show
 from tensorcodecs.layout import CHUNK_VALUES
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 CODEC_ID: Final = 4
 RATE_MIN: Final = 0.45
@@ -229,14 +233,34 @@ class Ecsq:
 
     def encode_many(self, x_N: Float32) -> list[bytes]:
         """See `Codec.encode_many`."""
+        return [bytes(frame) for frame in self._frames(x_N)]
+
+    def encode_into(self, x_N: Float32, out: Bytes) -> list[int]:
+        """The frames of `encode_many` one after another into `out`; where each of them ends.
+
+        `out`: (S,) uint8, at least `bytes_max(CHUNK_VALUES)` per chunk. The way for whoever keeps
+        a buffer: fresh memory for every frame would take half as long again.
+
+        Raises: like `encode`; ValueError if `out` is too small.
+        """
+        need = -(-len(x_N) // CHUNK_VALUES) * self.bytes_max(CHUNK_VALUES)
+        if out.dtype != np.uint8 or out.ndim != 1 or len(out) < need:
+            raise ValueError(f"need a vector of {need} bytes to encode into")
+        ends, at = [], 0
+        for frame in self._frames(x_N):
+            out[at : at + len(frame)] = frame
+            at += len(frame)
+            ends.append(at)
+        return ends
+
+    def _frames(self, x_N: Float32) -> Iterator[bytes | memoryview]:
+        """Each chunk's frame; a memoryview holds only until the next one is asked for."""
         require_vector(x_N, 2**62)
         compiled = kernels()
         if compiled is None:
-            return [
-                self._encode_plain(x_N[at : at + CHUNK_VALUES])
-                for at in range(0, len(x_N), CHUNK_VALUES)
-            ]
-        frames: list[bytes] = []
+            for at in range(0, len(x_N), CHUNK_VALUES):
+                yield self._encode_plain(x_N[at : at + CHUNK_VALUES])
+            return
         chunk = min(CHUNK_VALUES, len(x_N))
         pitch = HEADER.size + 2 * chunk + 1024
         out = _scratch.room(_BATCH * pitch)
@@ -258,16 +282,16 @@ class Ecsq:
                     error = refuse_values(values)
                     raise EncodeError(first + unit * CHUNK_VALUES + error.index, error.value)
                 if size == 0:
-                    frames.append(self.zero_frame(len(values)))
+                    yield self.zero_frame(len(values))
                 else:
-                    frame = seal(
+                    frame: bytes | memoryview = seal(
                         out[unit * pitch :], size, CODEC_ID, FIXED, len(values), self.parameter,
                         bits=self.bits, table=table,
                     )  # fmt: skip
                     if own_U[unit] or len(frame) >= self.bytes_max(len(values)):
-                        frame = self._smallest(values, frame, count_UL[unit], own=bool(own_U[unit]))
-                    frames.append(frame)
-        return frames
+                        own = bool(own_U[unit])
+                        frame = self._smallest(values, bytes(frame), count_UL[unit], own=own)
+                    yield frame
 
     def _smallest(
         self, x_N: Float32, fixed: bytes, count_L: npt.NDArray[np.int64], *, own: bool
@@ -298,7 +322,9 @@ class Ecsq:
             np.zeros((1, 8), np.int64), info_U, scratch.symbols, scratch.literals,
         )  # fmt: skip
         size = len(shown) + int(info_U[0, 0])
-        return seal(out, size, CODEC_ID, OWN, len(x_N), self.parameter, bits=self.bits, table=0)
+        return bytes(
+            seal(out, size, CODEC_ID, OWN, len(x_N), self.parameter, bits=self.bits, table=0)
+        )
 
     def _encode_digits(self, x_N: Float32, mode: int) -> bytes:
         """One chunk with its digits RAW or by ZSTD."""
@@ -439,12 +465,18 @@ class Ecsq:
         view = memoryview(data).cast("B")
         array = np.frombuffer(view, np.uint8)
         compiled = kernels()
-        for first in range(0, len(start_U), _BATCH):
+        starts, stops = start_U.tolist(), stop_U.tolist()
+        for first in range(0, len(starts), _BATCH):
             bodies: dict[int, list[tuple[int, int, int, int]]] = {}
-            for unit in range(first, min(first + _BATCH, len(start_U))):
+            for unit in range(first, min(first + _BATCH, len(starts))):
                 at = unit * CHUNK_VALUES
                 numel = min(CHUNK_VALUES, len(out_N) - at)
-                begin, end = int(start_U[unit]), int(stop_U[unit])
+                begin, end = starts[unit], stops[unit]
+                if compiled is not None and (usual := _usual(view[begin:end], numel)) is not None:
+                    bits, number = usual
+                    body = (unit, begin + HEADER.size, end, number)
+                    bodies.setdefault(bits, []).append(body)
+                    continue
                 frame = Frame.parse(view[begin:end], CODEC_ID, numel)
                 start = begin + HEADER.size
                 if compiled is None or frame.bits not in _TABLES:
@@ -455,15 +487,36 @@ class Ecsq:
                     bodies.setdefault(frame.bits, []).append((unit, start, end, frame.table))
                 elif frame.mode == OWN:
                     table, shown = _own_table(frame)
-                    body = [(unit, start + shown, end, 0)]
+                    alone = [(unit, start + shown, end, 0)]
                     _decode_coded(
-                        array, frame.bits, table.lookup_W[None], body, out_N, weight, add=add
+                        array, frame.bits, table.lookup_W[None], alone, out_N, weight, add=add
                     )
                 else:
                     _read_plain(frame, out_N[at : at + numel], weight, add=add)
             for bits, found_U in bodies.items():
                 lookup_TW = shipped_tables(bits).lookup_TW
                 _decode_coded(array, bits, lookup_TW, found_U, out_N, weight, add=add)
+
+
+def _usual(frame: memoryview, numel: int) -> tuple[int, int] | None:
+    """(bits, table) of an intact frame coded with a shipped table, by the shortest way; None for
+    whatever else it may be."""
+    if len(frame) < HEADER.size:
+        return None
+    magic, version, checksum, codec, mode, bits, table, values, _, size = HEADER.unpack_from(frame)
+    if (
+        magic == MAGIC
+        and version == VERSION
+        and codec == CODEC_ID
+        and mode == FIXED
+        and values == numel
+        and size == len(frame) - HEADER.size
+        and bits in _TABLES
+        and table < len(_TABLES[bits])
+        and checksum == checksum_of(frame[CHECKED:])
+    ):
+        return bits, table
+    return None
 
 
 def _own_table(frame: Frame) -> tuple[Table, int]:

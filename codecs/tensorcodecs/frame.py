@@ -40,7 +40,8 @@ MAGIC: Final = b"MTC"
 VERSION: Final = 1
 HEADER: Final = struct.Struct("<3sBIBBBBIII")
 _FIELDS: Final = struct.Struct("<BBBBIII")  # what the checksum covers of the header
-_CHECKED: Final = 8
+CHECKED: Final = 8
+"""Where what the checksum covers begins."""
 _CHECKSUM: Final = struct.Struct("<I")
 
 RAW: Final = 0
@@ -121,7 +122,7 @@ class Frame:
         body = data[HEADER.size :]
         if len(body) != size:
             raise DecodeError(f"the header announces {size} bytes, {len(body)} follow")
-        if checksum_of(data[_CHECKED:]) != checksum:
+        if checksum_of(data[CHECKED:]) != checksum:
             raise DecodeError("the checksum does not match: damaged on the way")
         if numel > FRAME_VALUES_MAX:
             raise DecodeError(f"a frame of {numel} values; at most {FRAME_VALUES_MAX} are allowed")
@@ -207,13 +208,16 @@ def seal(
     *,
     bits: int,
     table: int,
-) -> bytes:
-    """The frame whose body is out[HEADER.size : HEADER.size + size]; overwrites what is before."""
-    _FIELDS.pack_into(out.data, _CHECKED, codec, mode, bits, table, numel, parameter, size)
+) -> memoryview:
+    """The frame whose body is out[HEADER.size : HEADER.size + size]; overwrites what is before.
+
+    It is a view of `out`.
+    """
+    _FIELDS.pack_into(out.data, CHECKED, codec, mode, bits, table, numel, parameter, size)
     data = out.data[: HEADER.size + size]
     data[:4] = MAGIC + bytes([VERSION])
-    _CHECKSUM.pack_into(data, 4, checksum_of(data[_CHECKED:]))
-    return data.tobytes()
+    _CHECKSUM.pack_into(data, 4, checksum_of(data[CHECKED:]))
+    return data
 
 
 def pack(codec_id: int, parameter: int, side: Bytes, plane: Bytes, *, lossless: bool) -> bytes:

@@ -20,7 +20,7 @@ T = symbols (or tables), L = magnitudes, S = streams.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -653,16 +653,16 @@ def code(codec: Ecsq, x_N: torch.Tensor, *, chunk: int = CHUNK_VALUES) -> Coded:
     most = side + 2 * streams + 2 + 4 * pitch * streams + 2 * length
     constants = _constants(bits, x_N.device)
     tables = len(constants.cost_TL)
-    empty = _allocator(x_N.device)
-    step_B = empty(units * blocks, torch.int32)
-    inverse_B = empty(units * blocks, torch.float32)
-    side_U = empty(units * side, torch.uint8)
+    empty = partial(torch.empty, device=x_N.device)
+    step_B = empty(units * blocks, dtype=torch.int32)
+    inverse_B = empty(units * blocks, dtype=torch.float32)
+    side_U = empty(units * side, dtype=torch.uint8)
     info_U = torch.zeros((units, _INFO), dtype=torch.int32, device=x_N.device)
-    symbol_T = empty(units * length, torch.int16)
-    word_S = empty(units * streams * pitch, torch.int32)
-    bits_S = empty(units * streams, torch.int32)
-    literals_S = empty(units * streams, torch.int32)
-    packed = empty(units * (HEADER.size + most), torch.uint8)
+    symbol_T = empty(units * length, dtype=torch.int16)
+    word_S = empty(units * streams * pitch, dtype=torch.int32)
+    bits_S = empty(units * streams, dtype=torch.int32)
+    literals_S = empty(units * streams, dtype=torch.int32)
+    packed = empty(units * (HEADER.size + most), dtype=torch.uint8)
     with torch.cuda.device_of(x_N):  # type: ignore[no-untyped-call]
         _scale_kernel[(triton.cdiv(units * blocks, _SUM_ROWS),)](
             x_N, step_B, units, float(codec.square / np.float32(plain.BLOCK)), float(codec.reach),
@@ -716,10 +716,10 @@ def _frames_of(codec: Ecsq, coded: Coded, x_N: torch.Tensor, first: int, chunk: 
             at = unit * chunk
             frames.append(_encode_on_host(codec, x_N[at : at + chunk], first + at))
         else:
-            frame = seal(
+            frame = bytes(seal(
                 array[int(stop) - size - HEADER.size :], size, CODEC_ID, FIXED, chunk,
                 codec.parameter, bits=codec.bits, table=table,
-            )  # fmt: skip
+            ))  # fmt: skip
             frames.append(frame)
     return frames
 
@@ -913,10 +913,10 @@ class _Staged:
         self._unit_G, self._table_G = which
         self._lookup_TW = lookup_TW
         self._units = len(self._unit_G)
-        empty = _allocator(data.device)
-        self._symbol_T = empty(self._units * self._length, torch.int16)
-        self._book_G = empty(self._units * 16, torch.float32)
-        self._scale_B = empty(self._units * (chunk // plain.BLOCK), torch.float32)
+        empty = partial(torch.empty, device=data.device)
+        self._symbol_T = empty(self._units * self._length, dtype=torch.int16)
+        self._book_G = empty(self._units * 16, dtype=torch.float32)
+        self._scale_B = empty(self._units * (chunk // plain.BLOCK), dtype=torch.float32)
         self._fault = torch.full((1,), _NO_FAULT, dtype=torch.int32, device=data.device)
 
     def decode(self, weight: float) -> None:
@@ -973,11 +973,6 @@ def _short_lookups(tables: Sequence[Table]) -> torch.Tensor:
     lookup_TW: npt.NDArray[np.uint32] = np.stack([table.lookup_W for table in tables])
     short_TW = ((lookup_TW >> 8) << 4 | (lookup_TW & 15)).astype(np.uint16)
     return torch.from_numpy(short_TW.view(np.int16))
-
-
-def _allocator(device: torch.device) -> Callable[[int, torch.dtype], torch.Tensor]:
-    """Vectors that kernels may view as wider types."""
-    return lambda size, dtype: torch.empty((size + 7) // 8 * 8, dtype=dtype, device=device)
 
 
 def _require(x_N: torch.Tensor, chunk: int) -> None:

@@ -146,7 +146,9 @@ class Sparse:
             raise refuse_values(x_N)
         if size == 0:
             return self._zero(numel)
-        return seal(out, size, CODEC_ID, FIXED, numel, self.kept, bits=BITS, table=int(counted))
+        return bytes(
+            seal(out, size, CODEC_ID, FIXED, numel, self.kept, bits=BITS, table=int(counted))
+        )
 
     def encode_many(self, x_N: Float32) -> list[bytes]:
         """See `Codec.encode_many`."""
