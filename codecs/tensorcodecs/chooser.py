@@ -163,7 +163,7 @@ def choose(
             best = quickest(wished)
             miss = f"the quickest {with_wish}, {best.codec}, takes {_seconds(taken_s[best])}"
         else:
-            miss = f"none is {with_wish}"
+            miss = f"{_decibels(snr_wished_db)} were wished for, which no candidate has"
         why = f"the most accurate in time; {miss}"
     else:
         chosen = quickest(allowed)
