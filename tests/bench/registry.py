@@ -12,6 +12,7 @@ MEASUREMENTS: Final[dict[str, str]] = {
     "join": "tests.bench.join",
     "learning": "tests.bench.learning",
     "plane": "tests.bench.plane",
+    "wire": "tests.bench.wire",
 }
 
 
