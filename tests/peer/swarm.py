@@ -53,7 +53,7 @@ class InMemory:
 class Swarm:
     """Starts peers, each in a task of its own, and watches their events."""
 
-    def __init__(self, folder: Path, manifest: Manifest | None = None, size: int = 200_000) -> None:
+    def __init__(self, folder: Path, manifest: Manifest | None = None, size: int = 300_000) -> None:
         self.folder = folder
         self.manifest = manifest or toy_manifest()
         self.size = size
