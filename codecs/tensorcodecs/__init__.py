@@ -19,10 +19,12 @@ refused, and every failure is a `DecodeError` raised before anything changes. Ne
 zstandard; knows nothing of networks or torch.
 """
 
+from tensorcodecs.chooser import Choice, choose
 from tensorcodecs.codec import CODEC_NAMES, Codec, codec_of, get_codec
 from tensorcodecs.container import Container, pack_vector, unpack_vector
 from tensorcodecs.ecsq import Ecsq
 from tensorcodecs.errors import DecodeError, EncodeError
+from tensorcodecs.feedback import DEFAULT_DECAY, decay_of, encode_with_feedback
 from tensorcodecs.frame import FRAME_VALUES_MAX, VALUE_ABS_MAX
 from tensorcodecs.layout import CHUNK_VALUES, Layout
 from tensorcodecs.reduce import WEIGHT_MAX, WEIGHT_MIN, Reduced, WeightedMean, reduce_unit
@@ -30,10 +32,12 @@ from tensorcodecs.reduce import WEIGHT_MAX, WEIGHT_MIN, Reduced, WeightedMean, r
 __all__ = [
     "CHUNK_VALUES",
     "CODEC_NAMES",
+    "DEFAULT_DECAY",
     "FRAME_VALUES_MAX",
     "VALUE_ABS_MAX",
     "WEIGHT_MAX",
     "WEIGHT_MIN",
+    "Choice",
     "Codec",
     "Container",
     "DecodeError",
@@ -42,7 +46,10 @@ __all__ = [
     "Layout",
     "Reduced",
     "WeightedMean",
+    "choose",
     "codec_of",
+    "decay_of",
+    "encode_with_feedback",
     "get_codec",
     "pack_vector",
     "reduce_unit",
