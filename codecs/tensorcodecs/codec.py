@@ -91,7 +91,7 @@ _CODECS: Final[dict[str, Codec]] = {
 
 CODEC_NAMES: Final = tuple(_CODECS)
 
-# Not among the names a manifest may hold: it is of use with `tensorcodecs.feedback` only.
+# Not offered by name: it is of use with `tensorcodecs.feedback` only.
 _SPARSE: Final = Sparse(name="sparse")
 
 _BY_ID: Final = {codec.codec_id: codec for codec in (*_CODECS.values(), _SPARSE)}
