@@ -7,11 +7,22 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from tensorcodecs import CODEC_NAMES, backend, plain
 from tensorcodecs.ecsq import CODEC_ID as ECSQ
 from tensorcodecs.ecsq import Ecsq
-from tensorcodecs.frame import FIXED, HEADER, OWN, RAW, ZSTD, assemble, checksum_of, compressed
+from tensorcodecs.frame import (
+    FIXED,
+    HEADER,
+    OWN,
+    RAW,
+    ZERO,
+    ZSTD,
+    assemble,
+    checksum_of,
+    compressed,
+)
 from tensorcodecs.huffman import byte_lengths, byte_table, level_table, show_weights, shown_weights
 from tensorcodecs.int8 import ZERO_BELOW
 
@@ -20,6 +31,8 @@ if TYPE_CHECKING:
 
     from tensorcodecs.frame import Float32
     from tensorcodecs.plain import Int64
+
+Float64 = npt.NDArray[np.float64]
 
 INT8, BF16, FP32 = 1, 2, 3
 EVERY = (*CODEC_NAMES, "ecsq:0.7", "sparse")
@@ -172,3 +185,17 @@ def numpy_alone() -> Iterator[None]:
 
 def _no_kernels() -> None:
     return None
+
+
+def steps_of(frame: bytes, numel: int) -> tuple[Float64, Float64, float]:
+    """What an ecsq frame's side data says: each value's step (0: not sent), what stands for the
+    magnitudes 1.., in steps, and the largest step."""
+    top = plain.top_of(frame[10])
+    if frame[9] == ZERO:
+        return np.zeros(numel), np.arange(1.0, top + 1), 0.0
+    at = HEADER.size + (top + 1 if frame[9] == OWN else 0)
+    peak = int.from_bytes(frame[at : at + 2], "little", signed=True)
+    entry_L = np.frombuffer(frame, "<i2", top, at + 2)
+    code_B = np.frombuffer(frame, np.uint8, -(-numel // 256), at + 2 + 2 * top).astype(float)
+    step_B = np.where(code_B == 255, 0, 2 ** ((peak - code_B) / 4))
+    return step_B.repeat(256)[:numel], np.arange(1, top + 1) + entry_L / 4096, 2 ** (peak / 4)
