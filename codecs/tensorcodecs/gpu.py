@@ -746,7 +746,7 @@ def decode_many(
         ValueError: not a contiguous float32 vector on a GPU.
     """
     _require(out_N, chunk)
-    _Frames(payloads, out_N, np.float32(1), chunk).write(out_N, add=False)
+    Received(payloads, out_N, chunk=chunk).write(out_N, add=False)
 
 
 def accumulate(
@@ -762,19 +762,27 @@ def accumulate(
         ValueError: not a contiguous float32 vector on a GPU.
     """
     _require(acc_N, chunk)
-    _Frames(payloads, acc_N, np.float32(weight), chunk).write(acc_N, add=True)
+    Received(payloads, acc_N, np.float32(weight), chunk=chunk).write(acc_N, add=True)
 
 
-class _Frames:
-    """Received frames: their headers are checked, unusual ones decoded, the others uploaded.
+class Received:
+    """Frames for a vector like `like_N`: headers checked, unusual ones decoded, others uploaded.
 
-    Raises:
-        DecodeError: one is not an intact frame of its chunk, as far as its header says.
+    `decode`, `check`, `expand` are what the device does, for those who measure it.
     """
 
     def __init__(
-        self, payloads: Sequence[Payload], like_N: torch.Tensor, weight: np.float32, chunk: int
+        self,
+        payloads: Sequence[Payload],
+        like_N: torch.Tensor,
+        weight: np.float32 = np.float32(1),  # noqa: B008
+        *,
+        chunk: int = CHUNK_VALUES,
     ) -> None:
+        """
+        Raises:
+            DecodeError: one is not an intact frame of its chunk, as far as the host can see.
+        """
         if len(payloads) != max(1, -(-len(like_N) // chunk)):
             raise DecodeError(f"{len(payloads)} frames for {len(like_N)} values")
         self._chunk = chunk
@@ -793,23 +801,21 @@ class _Frames:
                     raise DecodeError("a zero frame with a body")
                 self._zero_U.append(unit)
             elif numel == chunk and frame.mode in (FIXED, OWN) and frame.bits in _WIDTHS:
-                group = found.setdefault(frame.bits, _Group(frame.bits, chunk))
-                group.add(unit, frame, place)
+                if frame.bits not in found:
+                    found[frame.bits] = _Group(frame.bits, chunk)
+                found[frame.bits].add(unit, frame, place)
                 array[place : place + len(frame.body)] = np.frombuffer(frame.body, np.uint8)
                 place += len(frame.body)
             else:
                 self._odd_U.append((unit, _decode_on_host(payload, numel, weight)))
-        if found:
-            array[place:] = 0
-            data = host[: (place + 11) // 8 * 8].to(like_N.device, non_blocking=True)
-            self.staged = [group.upload(data) for group in found.values()]
-        else:
-            self.staged = []
+        array[place:] = 0
+        data = host[: (place + 11) // 8 * 8].to(like_N.device, non_blocking=True)
+        self._staged = [group.upload(data) for group in found.values()]
         self._weight = float(weight)
 
     def decode(self) -> None:
         """Symbols, scales and codebooks of all frames; starts it and doesn't wait."""
-        for staged in self.staged:
+        for staged in self._staged:
             staged.decode(self._weight)
 
     def check(self) -> None:
@@ -818,16 +824,20 @@ class _Frames:
         Raises:
             DecodeError: a frame is not what an encoder sends.
         """
-        for staged in self.staged:
+        for staged in self._staged:
             staged.check()
 
     def expand(self, out_N: torch.Tensor, *, add: bool) -> None:
         """The values, written or added."""
-        for staged in self.staged:
+        for staged in self._staged:
             staged.expand(out_N, add=add)
 
     def write(self, out_N: torch.Tensor, *, add: bool) -> None:
-        """All of it."""
+        """All of it, to a vector like the one it was made for. On an error it is untouched.
+
+        Raises:
+            DecodeError: a frame is not what an encoder sends.
+        """
         with torch.cuda.device_of(out_N):  # type: ignore[no-untyped-call]
             self.decode()
             self.check()
