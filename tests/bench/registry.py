@@ -11,6 +11,7 @@ MEASUREMENTS: Final[dict[str, str]] = {
     "averaging": "tests.bench.averaging",
     "join": "tests.bench.join",
     "learning": "tests.bench.learning",
+    "parity": "tests.bench.parity",
     "plane": "tests.bench.plane",
     "wire": "tests.bench.wire",
 }
