@@ -1,8 +1,8 @@
 """The data plane of a round: contributions in, means out, and whoever missed something is served.
 
 Everything bulky happens here and nothing is decided here: the group machine says what to send,
-close, push and fetch; this module streams, keeps and verifies. A span keeps every sender's coded units
-until it is closed, so a contribution that is sent again, or breaks off, never counts twice, and the
+close, push and fetch; this module streams, keeps and verifies. A span keeps every sender's coded
+units until it is closed, so a contribution that is sent again, or breaks off, never counts twice, and the
 outcome's proof says exactly whose work is in which unit. Then each unit is reduced from its
 contributions in the order of their senders' ids: whoever has the same contributions gets the same
 bytes, whenever they arrived. Coded contributions are many times smaller than an accumulator, and

@@ -45,7 +45,7 @@ def pack_vector(x_N: Float32, layout: Layout, codec: Codec) -> bytes:
 
     Raises:
         ValueError: another length.
-        EncodeError: a value is NaN, infinite or too large; `layout.name_at(index)` names its tensor.
+        EncodeError: a value is NaN, infinite or too large; `layout.name_at` names its tensor.
     """
     require_vector(x_N, 2**62)
     if len(x_N) != layout.numel:

@@ -173,6 +173,7 @@ def byte_table(packed: bytes) -> Table:
 
 
 _EIGHTH_ROOTS: Final = (65536, 71468, 77936, 84990, 92682, 101070, 110218, 120194)  # 2**(16+i/8)
+_SIXTEENTH_ROOT: Final = 68438  # 2**(16+1/16)
 
 
 def shown_weights(shown: bytes) -> Weights:
@@ -187,11 +188,12 @@ def shown_weights(shown: bytes) -> Weights:
 def show_weights(counts: Sequence[int]) -> bytes:
     """The nearest weights that can travel; `counts` are of both signs together."""
     halved = [2 * counts[0], *counts[1:]]
-    peak = max(1, *halved)
+    peak = max(1, *halved) << 48
     shown = []
     for count in halved:
         down = 0
-        while down < 120 and (count << 16) * _EIGHTH_ROOTS[down % 8] << down // 8 < peak << 32:
+        nearly = (count << 16) * _SIXTEENTH_ROOT
+        while down < 120 and nearly * _EIGHTH_ROOTS[down % 8] << down // 8 < peak:
             down += 1
         shown.append(down)
     return bytes(shown)

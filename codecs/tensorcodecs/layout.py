@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 CHUNK_VALUES: Final = 98304
 """Values in one unit (the last may be shorter): 384 KiB of float32, which a core's cache holds.
-A multiple of 3, 4 and 6 times 256, so that levels packed by threes, fours or sixes come out even."""
+A multiple of 3, 4 and 6 times 256: levels packed by threes, fours or sixes come out even."""
 
 
 @dataclass(frozen=True, slots=True)

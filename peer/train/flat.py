@@ -27,7 +27,6 @@ from peer.train.inner import Float32, Inner
 from peer.train.method import ArrayMap, Reducer, StepResult
 from tensorcodecs import VALUE_ABS_MAX, DecodeError
 
-
 UnitCoder = Callable[[int, int], list[bytes]]
 """The coded bytes of units start..stop-1."""
 
@@ -80,7 +79,7 @@ class FlatMethod(ABC):
 
     @abstractmethod
     def _freeze(self, x_N: Float32) -> tuple[Float32, UnitCoder]:
-        """(theta - x, coded bytes of units start..stop-1). `x_N` is a copy that may be overwritten."""
+        """(theta - x, its coder). `x_N` is a copy that may be overwritten."""
 
     @abstractmethod
     def _outer_step(self, unit: int, payload: bytes) -> None:

@@ -104,7 +104,8 @@ def run(quick: bool, seed: int, progress: Progress) -> Result:
     played: dict[str, list[_Round]] = {name: [] for name in systems}
     with ExitStack() as stack:
         fleets = {
-            name: stack.enter_context(Fleet(name, _SYSTEMS[name].module, _PEERS)) for name in systems
+            name: stack.enter_context(Fleet(name, _SYSTEMS[name].module, _PEERS))
+            for name in systems
         }
         for name, fleet in fleets.items():
             progress(f"{name}: starting {_PEERS} peers")
