@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 WEIGHT_MIN: Final = 2.0**-16
 WEIGHT_MAX: Final = 2.0**40
-"""A weight is in tokens, perhaps damped for age. With values below 2**65 (see `VALUE_ABS_MAX`) it
-takes 2**22 contributions of the largest weight to overflow an accumulator."""
+"""A weight is in tokens, perhaps damped for age. With values up to 2**70 (see `VALUE_ABS_MAX`) it
+takes 2**17 contributions of the largest weight to overflow an accumulator."""
 
 
 @dataclass(frozen=True, slots=True)
