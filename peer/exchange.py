@@ -2,8 +2,8 @@
 
 Everything bulky happens here and nothing is decided here: the group machine says what to send,
 close, push and fetch; this module streams, keeps and verifies. A span keeps every sender's coded
-units until it is closed, so a contribution that is sent again, or breaks off, never counts twice, and the
-outcome's proof says exactly whose work is in which unit. Then each unit is reduced from its
+units until it is closed, so a contribution that is sent again, or breaks off, never counts twice,
+and the outcome's proof says exactly whose work is in which unit. Then each unit is reduced from its
 contributions in the order of their senders' ids: whoever has the same contributions gets the same
 bytes, whenever they arrived. Coded contributions are many times smaller than an accumulator, and
 nothing decoded outlives its unit.
@@ -41,6 +41,9 @@ from protocols.messages import (
 from protocols.records import Signed, sign
 from protocols.schema import SchemaError, pack, unpack
 from protocols.types import Digest, PeerId
+from tensorcodecs import CHUNK_VALUES
+from tensorcodecs.chooser import CANDIDATES, Choice, choose
+from tensorcodecs.feedback import decay_of
 
 T = TypeVar("T")
 
@@ -58,6 +61,9 @@ NO: Final = 3
 RIVALS_MAX: Final = 4  # outcomes of one span: its aggregators, one after another
 BATCH_UNITS: Final = 8  # half a million values: a few milliseconds of codec work at a time
 REASON_BYTES_MAX: Final = 2048
+BUDGET_SHARE: Final = 0.3  # of a round's exchange for one contribution's way; the mean comes back
+MEASURED_BYTES_MIN: Final = 4096  # less says more about delay than about bandwidth
+_PLAIN_CANDIDATES: Final = tuple(c for c in CANDIDATES if decay_of(c.codec) is None)
 _INDEX: Final = struct.Struct("<I")
 _ENTRY: Final = struct.Struct("<II")  # unit, length
 FRAME_GOAL_BYTES: Final = limits.FRAME_BYTES_MAX  # units are packed into frames of about this
@@ -116,10 +122,15 @@ class Exchange:
         transport: Transport,
         signer: Signer,
         reducer: Reducer,
+        on_choice: Callable[[PeerId, int, Choice], None] = lambda *_: None,
     ) -> None:
+        """`on_choice`: told which codec a link got for our part of a span, and why."""
         self._transport = transport
         self._signer = signer
         self._reducer = reducer
+        self._on_choice = on_choice
+        self._bandwidth_bps: dict[PeerId, float] = {}
+        """Measured on the contributions that we sent, the latest counting half."""
         self._codec = ThreadPoolExecutor(1, thread_name_prefix="codec")
         self._own: tuple[int, Contribution] | None = None
         self._spans: dict[tuple[int, int, int], _OpenSpan] = {}
@@ -165,18 +176,51 @@ class Exchange:
         try:
             await stream.send(HEADER, encode(header))
             await _expect_yes(stream)
+            codec = self._codec_for(plan, index, to, contribution)
+            begun_s, size = time.monotonic(), 0
             if contribution.weight > 0:
                 for start in range(span.start, span.stop, BATCH_UNITS):
                     stop = min(start + BATCH_UNITS, span.stop)
                     payloads = await self._compute(
-                        lambda a=start, b=stop: contribution.encode(a, b)  # type: ignore[misc]
+                        lambda a=start, b=stop: contribution.encode(a, b, codec)  # type: ignore[misc]
                     )
+                    size += sum(map(len, payloads))
                     await _send_units(stream, start, payloads)
             await stream.finish()
             await _expect_yes(stream)
+            self._sent(to, size, time.monotonic() - begun_s)
         finally:
             await stream.close()
         return True
+
+    def _codec_for(
+        self, plan: Plan, index: int, to: PeerId, contribution: Contribution
+    ) -> str | None:
+        """What this link should carry, if the method leaves it open and the link is known."""
+        bandwidth_bps = self._bandwidth_bps.get(to)
+        if contribution.snr_db is None or bandwidth_bps is None:
+            return None
+        span = plan.spans[index]
+        wished_db, least_db = contribution.snr_db
+        choice = choose(
+            (span.stop - span.start) * CHUNK_VALUES,
+            bandwidth_bps=bandwidth_bps,
+            budget_s=plan.exchange_ms / 1000 * BUDGET_SHARE,
+            snr_wished_db=wished_db,
+            snr_min_db=least_db,
+            candidates=_PLAIN_CANDIDATES,
+        )
+        self._on_choice(to, index, choice)
+        return choice.codec
+
+    def _sent(self, to: PeerId, size: int, seconds: float) -> None:
+        """A contribution went through: so fast is this link, our budget included."""
+        if size < MEASURED_BYTES_MIN or seconds <= 0:
+            return
+        if len(self._bandwidth_bps) >= limits.ROSTER_MAX and to not in self._bandwidth_bps:
+            self._bandwidth_bps.pop(next(iter(self._bandwidth_bps)))
+        now_bps = 8 * size / seconds
+        self._bandwidth_bps[to] = (self._bandwidth_bps.get(to, now_bps) + now_bps) / 2
 
     async def _fold_own(self, plan: Plan, index: int, contribution: Contribution) -> bool:
         span = plan.spans[index]

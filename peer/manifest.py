@@ -264,6 +264,10 @@ class ScheduleSpec:
         _between("schedule.checkpoint_every", self.checkpoint_every, 1, 10**6)
 
 
+ADAPTIVE: Final = "auto"
+"""A codec's name in a manifest: each link chooses by its bandwidth."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CodecSpec:
     """How contributions are coded on the wire."""
@@ -272,10 +276,13 @@ class CodecSpec:
     """One of tensorcodecs' codecs. lora sends its small factors exactly, whatever this says."""
 
     def __post_init__(self) -> None:
+        if self.name == ADAPTIVE:
+            return
         try:
             get_codec(self.name)
         except ValueError:
-            expected = f"must be one of {', '.join(CODEC_NAMES)}, or ecsq:A with A from 0.45 to 4"
+            names = ", ".join(CODEC_NAMES)
+            expected = f"must be one of {names}, {ADAPTIVE}, sparse, or ecsq:A (A from 0.45 to 4)"
             _need(False, "codec.name", expected, self.name)
 
 

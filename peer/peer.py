@@ -47,6 +47,7 @@ from protocols.messages import AssetQuery, Plan
 from protocols.records import PeerRecord, sign_record
 from protocols.sharding import own_blocks
 from protocols.types import PeerId, RunId
+from tensorcodecs.chooser import Choice
 
 Build = Callable[[Manifest, Path], tuple[Method, DataSource]]
 """(manifest, assets folder) -> what trains and on what; called in the training thread."""
@@ -330,7 +331,15 @@ async def _assemble(
         ),
         time.monotonic(),
     )
-    exchange = Exchange(net.transport, signer, learner.method.reducer())
+
+    def codec_chosen(to: PeerId, span: int, choice: Choice) -> None:
+        hub.emit(
+            ev.CodecChosen(
+                to, span, choice.codec, choice.bytes, choice.seconds, choice.fits, choice.reason
+            )
+        )
+
+    exchange = Exchange(net.transport, signer, learner.method.reducer(), codec_chosen)
     peer = Peer(signer, seat, hub, manifest, net, machine, learner)
     founded_ms = seat.memory.founded_ms or int(time.time() * 1000)
     seat.remember(founded_ms=founded_ms)

@@ -21,16 +21,25 @@ CODEC = get_codec("high")
 class ToyContribution:
     """A frozen difference vector."""
 
-    def __init__(self, delta: npt.NDArray[np.float32], weight: float) -> None:
+    def __init__(
+        self,
+        delta: npt.NDArray[np.float32],
+        weight: float,
+        snr_db: tuple[float, float] | None = None,
+    ) -> None:
         self.weight = weight
+        self.snr_db = snr_db
         self._delta = delta
 
-    def encode(self, start: int, stop: int) -> list[bytes]:
-        return CODEC.encode_many(self._delta[start * CHUNK_VALUES : stop * CHUNK_VALUES])
+    def encode(self, start: int, stop: int, codec: str | None = None) -> list[bytes]:
+        chosen = CODEC if codec is None else get_codec(codec)
+        return chosen.encode_many(self._delta[start * CHUNK_VALUES : stop * CHUNK_VALUES])
 
 
 class ToyMethod:
     """Moves a vector towards a target; every peer's target is a little off in its own way."""
+
+    snr_db: tuple[float, float] | None = None
 
     def __init__(self, size: int, seed: int, step_s: float = 0.002) -> None:
         self.units = -(-size // CHUNK_VALUES)
@@ -54,7 +63,7 @@ class ToyMethod:
     def contribution(self) -> Contribution:
         self._pending_N = self._theta_N - self._x_N
         weight, self._tokens = float(self._tokens), 0
-        return ToyContribution(self._pending_N.copy(), weight)
+        return ToyContribution(self._pending_N.copy(), weight, self.snr_db)
 
     def apply(self, outcome: Sequence[bytes], mine: npt.NDArray[np.bool_]) -> None:
         for unit, payload in enumerate(outcome):

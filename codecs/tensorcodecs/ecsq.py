@@ -261,7 +261,11 @@ class Ecsq:
         compiled = kernels()
         if compiled is None:
             for at in range(0, len(x_N), CHUNK_VALUES):
-                yield self._encode_plain(x_N[at : at + CHUNK_VALUES])
+                try:
+                    frame = self._encode_plain(x_N[at : at + CHUNK_VALUES])
+                except EncodeError as error:
+                    raise EncodeError(at + error.index, error.value) from None
+                yield frame
             return
         chunk = min(CHUNK_VALUES, len(x_N))
         pitch = HEADER.size + 2 * chunk + 1024
@@ -350,8 +354,9 @@ class Ecsq:
             bits_UL = np.where(share_UL > 0, -share_UL * np.log2(share_UL), 0.0)
         entropy_U = bits_UL.sum(1) + 1 - share_UL[:, 0]  # and a sign
         shipped_U = info_U[:, 2] / 256 / np.maximum(total_U, 1)
-        gain: npt.NDArray[np.bool_] = entropy_U < (1 - _OWN_GAIN) * shipped_U
-        return gain & (total_U > 0)
+        gain_U: npt.NDArray[np.bool_] = entropy_U < (1 - _OWN_GAIN) * shipped_U
+        gain_U &= total_U > 0
+        return gain_U
 
     def _encode_plain(self, x_N: Float32, seed: int | None = None) -> bytes:
         """One chunk in whatever mode is smallest."""
@@ -566,6 +571,10 @@ def _read_plain(frame: Frame, out_N: Float32, weight: np.float32, *, add: bool) 
     bits, numel = frame.bits, frame.numel
     if bits not in _TABLES:
         raise DecodeError(f"levels of {bits} bits are not known")
+    if frame.mode not in (RAW, ZSTD, FIXED, OWN):
+        raise DecodeError(f"mode {frame.mode} is not known here")
+    if frame.table >= (len(_TABLES[bits]) if frame.mode == FIXED else 1):
+        raise DecodeError(f"table {frame.table} is not known")
     top, blocks = plain.top_of(bits), plain.blocks_of(numel)
     side = 2 + 2 * top + blocks
     body = frame.body
@@ -580,15 +589,11 @@ def _read_plain(frame: Frame, out_N: Float32, weight: np.float32, *, add: bool) 
     scale_B = plain.read_scales(code_B, peak) * weight
     rest = body[side:]
     if frame.mode in (RAW, ZSTD):
-        if frame.table:
-            raise DecodeError(f"table {frame.table} makes no sense here")
         packed = frame.plane(rest, plain.packed_bytes(numel, bits))
         digit_N = plain.unpack_digits(packed, numel, bits)
     else:
-        if frame.mode == FIXED and frame.table < len(_TABLES[bits]):
+        if frame.mode == FIXED:
             table = shipped_tables(bits).tables[frame.table]
-        elif frame.mode != OWN:
-            raise DecodeError(f"mode {frame.mode} with table {frame.table} is not known")
         symbol_T = plain.read_section(rest, plain.length_of(numel, plain.planes_of(bits)), table)
         digit_N = plain.digits_of(symbol_T, numel, bits)
     value_N = plain.values_of(digit_N, book, scale_B)
@@ -604,7 +609,9 @@ def _round_stochastically(
     """floor(x / step + u), u uniform in [0, 1) from a counter-based generator (Philox)."""
     noise_N = np.random.Generator(np.random.Philox(seed)).random(len(x_N), np.float32)
     scaled_N = x_N * np.repeat(inverse_B, plain.BLOCK)[: len(x_N)]
-    return np.clip(np.floor(scaled_N + noise_N), -top, top).astype(np.int8)
+    level_N = np.clip(np.floor(scaled_N + noise_N), -top, top)
+    rounded_N: npt.NDArray[np.int8] = level_N.astype(np.int8)
+    return rounded_N
 
 
 def _entropy(counts: Sequence[int]) -> float:

@@ -589,7 +589,7 @@ def read_layout(data: Any, start: int, stop: int, length: int, size_N: Any) -> i
     if place > stop:
         return 0
     longest = (symbols_each(length) * _LENGTH_MAX + 7) // 8
-    total = 0
+    total = np.int64(0)
     for stream in range(streams):
         size = np.int64(data[start + 2 * stream]) | np.int64(data[start + 2 * stream + 1]) << 8
         if size > longest:

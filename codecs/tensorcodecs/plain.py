@@ -129,13 +129,15 @@ def block_steps(x_N: Float32, square: np.float32, reach: np.float32) -> Int64:
 def powers(quarters_B: Int64) -> Float32:
     """2 ** (quarters / 4), for normal results."""
     bits_B = ((quarters_B >> 2) + 127 << 23).astype(np.uint32)
-    return _STEPS[quarters_B & 3] * bits_B.view(np.float32)
+    power_B: Float32 = _STEPS[quarters_B & 3] * bits_B.view(np.float32)
+    return power_B
 
 
 def inverses(quarters_B: Int64) -> Float32:
     """2 ** (-quarters / 4), for normal results."""
     bits_B = (127 - (quarters_B >> 2) << 23).astype(np.uint32)
-    return _INVERSES[quarters_B & 3] * bits_B.view(np.float32)
+    power_B: Float32 = _INVERSES[quarters_B & 3] * bits_B.view(np.float32)
+    return power_B
 
 
 def scale_codes(step_B: Int64, peak: int) -> tuple[Bytes, Float32]:
@@ -164,8 +166,8 @@ def read_scales(code_B: Bytes, peak: int) -> Float32:
 def levels_of(x_N: Float32, inverse_B: Float32, top: int) -> npt.NDArray[np.int8]:
     """rint(x / step) within +-top; ties to even."""
     scaled_N = x_N * np.repeat(inverse_B, BLOCK)[: len(x_N)]
-    level_N = np.rint(np.clip(scaled_N, -top, top))
-    return level_N.astype(np.int8)
+    level_N: npt.NDArray[np.int8] = np.rint(np.clip(scaled_N, -top, top)).astype(np.int8)
+    return level_N
 
 
 def survey(

@@ -119,6 +119,21 @@ class ContributionSent:
 
 
 @dataclass(frozen=True, slots=True)
+class CodecChosen:
+    """A link got its own codec for our part of a span (`codec.name = "auto"`)."""
+
+    peer: str
+    span: int
+    codec: str
+    bytes: int
+    """Expected, like `seconds`."""
+    seconds: float
+    fits: bool
+    """Whether that is within the round's budget."""
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class RoundFinished:
     """A round's outcome was applied here."""
 
@@ -243,7 +258,7 @@ class Left:
 
 Event = (
     Started | Notice | ViaAnswered | ViaFailed | GroupChanged | MemberSuspected | PeerRefused
-    | RoundPlanned | ContributionSent | RoundFinished | DigestsAgreed | DigestDiffered
+    | RoundPlanned | CodecChosen | ContributionSent | RoundFinished | DigestsAgreed | DigestDiffered
     | StateReceived | StateServed | CaughtUp | CheckpointSaved | CheckpointLoaded | Progress
     | DaemonRestarted | Left
 )  # fmt: skip

@@ -141,6 +141,8 @@ def _detail(event: ev.Event) -> Line | None:
                 f" {plural(len(event.roster), 'member')}, aggregators {names(event.aggregators)},"
                 f" due in {event.due_s:.1f} s"
             )
+        case ev.CodecChosen():
+            text = f"span {event.span} to {short(event.peer)} in {event.codec}: {event.reason}"
         case ev.ContributionSent():
             text = (
                 f"round {event.round}: sent {event.weight:,.0f} tokens of work,"

@@ -39,10 +39,11 @@ def build_method(
     """
     import torch
 
+    from peer.manifest import ADAPTIVE
     from peer.train.inner import Inner
     from peer.train.lora import LoraMethod
     from peer.train.models import build_model
-    from peer.train.pretrain import PretrainMethod
+    from peer.train.pretrain import MEAN_CODEC, PretrainMethod
     from tensorcodecs import get_codec
 
     if threads is not None:
@@ -51,9 +52,10 @@ def build_method(
     model = build_model(manifest, assets)
     if manifest.method.kind == "lora":
         return LoraMethod(model, manifest.method, manifest.inner, where, manifest.model.seed)
-    return PretrainMethod(
-        Inner(model, manifest.inner, where), manifest.outer, get_codec(manifest.codec.name)
-    )
+    adaptive = manifest.codec.name == ADAPTIVE
+    codec = get_codec(MEAN_CODEC if adaptive else manifest.codec.name)
+    inner = Inner(model, manifest.inner, where)
+    return PretrainMethod(inner, manifest.outer, codec, adaptive=adaptive)
 
 
 def build_tokenizer(manifest: Manifest, assets: Path | None = None) -> Tokenizer:

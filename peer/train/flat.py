@@ -27,8 +27,8 @@ from peer.train.inner import Float32, Inner
 from peer.train.method import ArrayMap, Reducer, StepResult
 from tensorcodecs import VALUE_ABS_MAX, DecodeError
 
-UnitCoder = Callable[[int, int], list[bytes]]
-"""The coded bytes of units start..stop-1."""
+UnitCoder = Callable[[int, int, str | None], list[bytes]]
+"""The coded bytes of units start..stop-1, in the codec of that name or the method's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +37,10 @@ class FrozenWork:
 
     weight: float
     unit_bytes: UnitCoder
+    snr_db: tuple[float, float] | None = None
 
-    def encode(self, start: int, stop: int) -> list[bytes]:
-        return self.unit_bytes(start, stop)
+    def encode(self, start: int, stop: int, codec: str | None = None) -> list[bytes]:
+        return self.unit_bytes(start, stop, codec)
 
 
 @dataclass(slots=True)
@@ -72,6 +73,12 @@ class FlatMethod(ABC):
 
     _main = "theta"
     """What the state calls theta."""
+
+    _snr_db: tuple[float, float] | None = None
+    """See `Contribution.snr_db`."""
+
+    def _included(self, where: slice) -> None:  # noqa: B027  (most need not know)
+        """The last contribution's part of theta[where] is in the swarm's now."""
 
     @abstractmethod
     def _slice(self, unit: int) -> slice:
@@ -109,7 +116,7 @@ class FlatMethod(ABC):
 
     def contribution(self) -> FrozenWork:
         delta_N, unit_bytes = self._freeze(self.inner.to_numpy())
-        if not _sound(delta_N):
+        if not sound(delta_N):
             # The optimiser ran away; go back to what the swarm has rather than poison it.
             self.dropped_work += 1
             self.inner.load(self._theta_N)
@@ -119,7 +126,7 @@ class FlatMethod(ABC):
         weight = self._tokens + self._owed
         self._tokens, self._owed = 0, weight
         self._pending = _Pending(delta_N, weight, np.zeros(self.units, np.bool_))
-        return FrozenWork(weight, unit_bytes)
+        return FrozenWork(weight, unit_bytes, self._snr_db)
 
     def apply(self, outcome: Sequence[bytes], mine: npt.NDArray[np.bool_]) -> None:
         if len(outcome) != self.units or mine.shape != (self.units,):
@@ -140,6 +147,7 @@ class FlatMethod(ABC):
             if pending is not None and mine[unit] and not pending.counted[unit]:
                 shift_U += pending.delta[where]
                 pending.counted[unit] = True
+                self._included(where)
                 counted += len(shift_U)
             self.inner.shift(where, shift_U)
         if pending is not None:
@@ -158,7 +166,7 @@ class FlatMethod(ABC):
                 raise ValueError(
                     f"{name}: {values.dtype} {values.shape}, expected {own.dtype} {own.shape}"
                 )
-            if not _sound(values):
+            if not sound(values):
                 raise ValueError(f"{name}: holds values that are not finite")
         for name, own in self._outer.items():
             own[:] = arrays[name]
@@ -190,6 +198,6 @@ class FlatMethod(ABC):
         self._tokens, self._owed, self._pending = 0, 0.0, None
 
 
-def _sound(x_N: npt.NDArray[Any]) -> bool:
+def sound(x_N: npt.NDArray[Any]) -> bool:
     """No NaN, no infinity, nothing beyond what codecs carry. NaN survives max and min."""
     return len(x_N) == 0 or bool(x_N.max() <= VALUE_ABS_MAX and x_N.min() >= -VALUE_ABS_MAX)

@@ -167,7 +167,7 @@ class LoraMethod(FlatMethod):
         return self._adapters[unit].where
 
     def _freeze(self, x_N: Float32) -> tuple[Float32, UnitCoder]:
-        def encode(start: int, stop: int) -> list[bytes]:
+        def encode(start: int, stop: int, codec: str | None) -> list[bytes]:
             return [adapter.encode(x_N) for adapter in self._adapters[start:stop]]
 
         return self._theta_N - x_N, encode

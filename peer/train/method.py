@@ -40,9 +40,14 @@ class Contribution(Protocol):
     def weight(self) -> float:
         """Tokens behind it; 0 means there is nothing to send."""
 
-    def encode(self, start: int, stop: int) -> list[bytes]:
+    @property
+    def snr_db(self) -> tuple[float, float] | None:
+        """(wished for, least) signal-to-noise ratio in decibels, if each link may choose its own
+        codec; None if the method has."""
+
+    def encode(self, start: int, stop: int, codec: str | None = None) -> list[bytes]:
         """The coded bytes of units start..stop-1, each at most `limits.UNIT_BYTES_MAX`.
-        Deterministic."""
+        Deterministic. `codec`: what the link chose, if it was asked."""
 
 
 class Reducer(Protocol):

@@ -13,17 +13,26 @@ Shapes: N = all parameters (tied ones once), U = values of one unit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from peer.manifest import OuterSpec
-from peer.train.flat import FlatMethod, UnitCoder
+from peer.train.flat import FlatMethod, UnitCoder, sound
 from peer.train.inner import Float32, Inner, save_model
-from peer.train.method import Reducer
-from tensorcodecs import CHUNK_VALUES, Codec, Reduced, codec_of, reduce_unit
+from peer.train.method import ArrayMap, Reducer
+from tensorcodecs import CHUNK_VALUES, Codec, Reduced, codec_of, get_codec, reduce_unit
+from tensorcodecs.feedback import decay_of, encode_with_feedback
 from tensorcodecs.frame import Frame
+
+MEAN_CODEC: Final = "q4"
+"""For the means of contributions that are coded with error feedback."""
+
+SNR_DB: Final = (16.5, 5.5)
+"""Of contributions: that of `q4` is wished for, and `min` still trains (docs/results/parity.md)."""
 
 
 class MeanReducer:
@@ -46,17 +55,27 @@ class MeanReducer:
 class PretrainMethod(FlatMethod):
     """Trains all parameters. Memory beside `Inner`'s: 12 bytes per parameter on the CPU."""
 
-    def __init__(self, inner: Inner, outer: OuterSpec, codec: Codec) -> None:
+    def __init__(
+        self, inner: Inner, outer: OuterSpec, codec: Codec, *, adaptive: bool = False
+    ) -> None:
+        """`adaptive`: each link may code contributions otherwise, as its bandwidth allows."""
         self._momentum_N = np.zeros(inner.layout.numel, np.float32)
         super().__init__(inner, inner.layout.units, {"momentum": self._momentum_N})
         self._lr = np.float32(outer.lr)
         self._beta = np.float32(outer.momentum)
         self._codec = codec
+        self._snr_db = SNR_DB if adaptive else None
+        self._decay = decay_of(codec.name)
+        # What needs feedback can't code means: there is nobody to keep their residual.
+        self._mean_codec = codec if self._decay is None else get_codec(MEAN_CODEC)
+        kept = inner.layout.numel if self._decay is not None else 0
+        self._residual_N = np.zeros(kept, np.float32)
+        self._next_residual_N = self._residual_N
         self._mean = np.empty(CHUNK_VALUES, np.float32)
         self._look = np.empty(CHUNK_VALUES, np.float32)
 
     def reducer(self) -> Reducer:
-        return MeanReducer(self.inner.layout.unit_sizes(), self._codec)
+        return MeanReducer(self.inner.layout.unit_sizes(), self._mean_codec)
 
     def export(self, folder: str) -> None:
         with self.outer_model() as model:
@@ -68,16 +87,42 @@ class PretrainMethod(FlatMethod):
     def _freeze(self, x_N: Float32) -> tuple[Float32, UnitCoder]:
         delta_N = np.subtract(self._theta_N, x_N, out=x_N)
 
-        def encode(start: int, stop: int) -> list[bytes]:
-            return self._codec.encode_many(delta_N[start * CHUNK_VALUES : stop * CHUNK_VALUES])
+        if self._decay is not None and sound(delta_N):
+            frames, self._next_residual_N = encode_with_feedback(
+                self._codec, delta_N, self._residual_N, self._decay
+            )
+            return delta_N, lambda start, stop, _: frames[start:stop]
+
+        def encode(start: int, stop: int, codec: str | None) -> list[bytes]:
+            chosen = self._codec if codec is None else get_codec(codec)
+            return chosen.encode_many(delta_N[start * CHUNK_VALUES : stop * CHUNK_VALUES])
 
         return delta_N, encode
+
+    def _included(self, where: slice) -> None:
+        # What did not arrive is part of the next difference anyway: there the old residual counts.
+        if self._decay is not None:
+            self._residual_N[where] = self._next_residual_N[where]
+
+    def _reset(self) -> None:
+        super()._reset()
+        self._residual_N[:] = 0
+
+    def inner_state(self) -> ArrayMap:
+        residual = {"residual": self._residual_N.copy()} if self._decay is not None else {}
+        return {**super().inner_state(), **residual}
+
+    def load_inner_state(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        super().load_inner_state(arrays)
+        kept = arrays.get("residual")
+        if kept is not None and kept.shape == self._residual_N.shape and sound(kept):
+            self._residual_N[:] = kept
 
     def _outer_step(self, unit: int, payload: bytes) -> None:
         where = self._slice(unit)
         size = where.stop - where.start
         mean_U, look_U = self._mean[:size], self._look[:size]
-        self._codec.decode_into(payload, mean_U)
+        codec_of(payload).decode_into(payload, mean_U)
         theta_U, m_U = self._theta_N[where], self._momentum_N[where]
         np.multiply(m_U, self._beta, out=m_U)
         np.add(m_U, mean_U, out=m_U)

@@ -26,8 +26,8 @@ from peer.net.network import open_libp2p
 from peer.net.transport import Stream
 from peer.observe import events as ev
 from peer.train.method import ArrayMap
-from peer.transfer import TensorNote
 from peer.train.pretrain import MeanReducer
+from peer.transfer import TensorNote
 from protocols import limits
 from protocols.events import RecordIssued, RecordSeen, StateReady
 from protocols.group import GroupConfig, GroupMachine
@@ -49,12 +49,13 @@ class _Tensor:
     """A contribution that is the tensor itself."""
 
     weight = 1.0
+    snr_db = None
 
     def __init__(self, values: Float32, codec: Codec) -> None:
         self._values = values
         self._codec = codec
 
-    def encode(self, start: int, stop: int) -> list[bytes]:
+    def encode(self, start: int, stop: int, codec: str | None = None) -> list[bytes]:
         return self._codec.encode_many(self._values[start * CHUNK_VALUES : stop * CHUNK_VALUES])
 
 

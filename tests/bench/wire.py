@@ -209,7 +209,8 @@ def _against_hivemind(
     torch.set_num_threads(1)
     progress("hivemind Uniform8BitQuantization")
     theirs = _mended(Uniform8BitQuantization)()
-    tensors = list(torch.from_numpy(x).split(2**20))
+    whole = torch.from_numpy(x)
+    tensors = [whole[at : at + 2**20] for at in range(0, len(x), 2**20)]
     infos = [CompressionInfo.from_tensor(t) for t in tensors]
 
     def compress() -> list[Any]:
@@ -226,17 +227,15 @@ def _against_hivemind(
     container = Container(pack_vector(x, layout, codec), layout)
     out = np.empty_like(x)
     ours_size = sum(len(container.chunk(i)) for i in range(container.chunks))
-    times: list[list[float]] = [[], [], [], []]
-    encode_ours = _encoder(codec, x)
+    turns: tuple[Callable[[], Any], ...] = (
+        compress,
+        lambda: [theirs.extract(c) for c in coded],
+        _encoder(codec, x),
+        lambda: container.read_into(out),
+    )
+    times: list[list[float]] = [[] for _ in turns]
     for turn in range(repeats + 1):
-        for index, work in enumerate(
-            (
-                compress,
-                lambda: [theirs.extract(c) for c in coded],
-                encode_ours,
-                lambda: container.read_into(out),
-            )
-        ):
+        for index, work in enumerate(turns):
             begun = time.perf_counter()
             work()
             if turn:

@@ -46,6 +46,7 @@ LIFE: list[ev.Event] = [
     ev.MemberSuspected(BOB, "3 heartbeats missed"),
     ev.PeerRefused(BOB, "a stale epoch"),
     ev.DaemonRestarted("killed", 0.9),
+    ev.CodecChosen(BOB, 1, "low", 250_000, 2.1, True, "the quickest"),
     ev.Left("Ctrl-C"),
 ]
 

@@ -53,6 +53,8 @@ class InMemory:
 class Swarm:
     """Starts peers, each in a task of its own, and watches their events."""
 
+    adaptive = False
+
     def __init__(self, folder: Path, manifest: Manifest | None = None, size: int = 300_000) -> None:
         self.folder = folder
         self.manifest = manifest or toy_manifest()
@@ -107,7 +109,13 @@ class Swarm:
 
     def _build(self, name: str) -> Callable[[Manifest, Path], tuple[Method, DataSource]]:
         seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
-        return lambda manifest, assets: (ToyMethod(self.size, seed), ToyData())
+
+        def build(manifest: Manifest, assets: Path) -> tuple[Method, DataSource]:
+            method = ToyMethod(self.size, seed)
+            method.snr_db = (16.5, 5.5) if self.adaptive else None
+            return method, ToyData()
+
+        return build
 
     async def _open(self, config: PeerConfig, seat: Seat, signer: Signer, hub: Hub) -> InMemory:
         transport = self.network.transport(signer.peer_id, UploadBudget(config.upload_bps))
@@ -168,9 +176,12 @@ class Swarm:
 
 
 @contextlib.asynccontextmanager
-async def swarm(folder: Path, manifest: Manifest | None = None) -> AsyncIterator[Swarm]:
-    """A swarm whose peers all end with the block."""
+async def swarm(
+    folder: Path, manifest: Manifest | None = None, *, adaptive: bool = False
+) -> AsyncIterator[Swarm]:
+    """A swarm whose peers all end with the block. `adaptive`: every link chooses its codec."""
     it = Swarm(folder, manifest)
+    it.adaptive = adaptive
     try:
         yield it
     finally:

@@ -116,3 +116,17 @@ async def test_two_sites_stay_apart(tmp_path: Path) -> None:
         await it.crash("b")
         before = len(it.finished("c"))
         await it.until(lambda: len(it.finished("c")) >= before + 3)
+
+
+async def test_links_choose_their_codecs_and_say_so(tmp_path: Path) -> None:
+    async with swarm(tmp_path, adaptive=True) as it:
+        await it.start("a")
+        await it.start("b", via="a")
+        await it.until(lambda: all(it.all(name, ev.CodecChosen) for name in "ab"))
+        seen = {name: len(it.finished(name)) for name in "ab"}
+        await it.until(lambda: all(len(it.finished(n)) >= seen[n] + 3 for n in "ab"))
+        agreed(it, list("ab"))
+        chosen = it.all("a", ev.CodecChosen)[-1]
+        assert chosen.peer == it.network_id("b")
+        assert chosen.codec in chosen.reason
+        assert chosen.bytes > 0

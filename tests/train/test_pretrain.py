@@ -13,6 +13,8 @@ import torch
 from peer.errors import ManifestError
 from peer.train import build_method
 from peer.train.flat import FlatMethod, FrozenWork
+from peer.train.pretrain import PretrainMethod
+from tensorcodecs import get_codec
 from tests.train.tiny import batch, everywhere, manifest, method, reduce
 
 
@@ -243,3 +245,46 @@ def test_a_config_whose_sizes_do_not_agree_is_the_manifests_fault() -> None:
     odd.model.config.update(num_attention_heads=3, num_key_value_heads=2, head_dim=8)
     with pytest.raises(ManifestError, match=r"model\.config"):
         build_method(odd, device="cpu")
+
+
+def test_top_k_keeps_what_it_leaves_out_until_it_was_sent() -> None:
+    made = method(codec="sparse", momentum=0.0, lr=1.0)
+    assert isinstance(made, PretrainMethod)
+    residual = np.zeros(made.inner.layout.numel, np.float32)
+    for round_ in range(4):
+        made.step(batch(round_))
+        before = made.inner.to_numpy()
+        delta = made.state()["theta"] - before
+        part = made.contribution()
+        sent = np.zeros_like(delta)
+        get_codec("sparse").decode_many(part.encode(0, made.units), sent)
+        assert 0 < np.count_nonzero(sent) <= len(sent) // 50
+        expected = np.float32(0.95) * residual + delta - sent
+        mine = everywhere(made, True)
+        mine[0] = round_ != 1  # once, a part of it does not arrive
+        made.apply(reduce(made, [part]), mine)
+        where = made.inner.layout.unit_slice(0)
+        if not mine[0]:
+            expected[where] = residual[where]
+        residual = made.inner_state()["residual"]
+        assert np.allclose(residual, expected, atol=1e-7)
+    again = method(codec="sparse")
+    again.load_inner_state(made.inner_state())
+    assert np.array_equal(again.inner_state()["residual"], residual)
+    made.load_state(made.state())
+    assert not made.inner_state()["residual"].any()
+
+
+def test_a_link_may_choose_the_codec_of_an_adaptive_run() -> None:
+    made = method(codec="auto")
+    made.step(batch(1))
+    part = made.contribution()
+    assert part.snr_db is not None
+    sizes = {name: sum(map(len, part.encode(0, made.units, name))) for name in ("min", "q4", "fp32")}
+    assert sizes["min"] < sizes["q4"] < sizes["fp32"]
+    reducer = made.reducer()
+    for unit in range(made.units):
+        parts = [(1.0, part.encode(unit, unit + 1, name)[0]) for name in ("min", "fp32")]
+        for _, payload in parts:
+            reducer.check(unit, payload)
+        assert not reducer.reduce(unit, parts).refused
