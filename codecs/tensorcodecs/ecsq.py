@@ -262,10 +262,10 @@ class Ecsq:
         if compiled is None:
             for at in range(0, len(x_N), CHUNK_VALUES):
                 try:
-                    frame = self._encode_plain(x_N[at : at + CHUNK_VALUES])
-                except EncodeError as error:
-                    raise EncodeError(at + error.index, error.value) from None
-                yield frame
+                    plainly = self._encode_plain(x_N[at : at + CHUNK_VALUES])
+                except EncodeError as bad:
+                    raise EncodeError(at + bad.index, bad.value) from None
+                yield plainly
             return
         chunk = min(CHUNK_VALUES, len(x_N))
         pitch = HEADER.size + 2 * chunk + 1024

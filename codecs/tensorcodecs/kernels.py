@@ -674,8 +674,8 @@ def read_group(
     **_OPTIONS,
 )
 def encode_chunks(
-    x: Any, chunk: int, square: np.float32, reach: np.float32, bits: int, cost_TL: Any, entry_TS: Any,
-    out: Any, pitch: int, count_UL: Any, info_U: Any, symbols: Any, literal: Any,
+    x: Any, chunk: int, square: np.float32, reach: np.float32, bits: int, cost_TL: Any,
+    entry_TS: Any, out: Any, pitch: int, count_UL: Any, info_U: Any, symbols: Any, literal: Any,
 ) -> None:  # fmt: skip
     """Code each `chunk` values of `x`, the u-th into out[u * pitch:]: scales, codebook, symbols.
 
