@@ -497,6 +497,10 @@ def test_numpy_names_a_bad_value_too(name: str) -> None:
         x[numel // 2] = x[-1] = np.nan
         with numpy_alone(), pytest.raises(EncodeError, match=f"value {numel // 2} is nan"):
             get_codec(name).encode(x)
+    x = np.zeros(CHUNK_VALUES + 70, np.float32)
+    x[CHUNK_VALUES + 5] = np.inf
+    with numpy_alone(), pytest.raises(EncodeError, match=f"value {CHUNK_VALUES + 5} is inf"):
+        get_codec(name).encode_many(x)
 
 
 WITHOUT_NUMBA = """
