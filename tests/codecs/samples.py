@@ -10,8 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tensorcodecs import CODEC_NAMES, backend, plain
-from tensorcodecs.ecsq import CODEC_ID as ECSQ
-from tensorcodecs.ecsq import Ecsq
+from tensorcodecs.ecsq import CODEC_ID, Ecsq
 from tensorcodecs.frame import (
     FIXED,
     HEADER,
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 
 Float64 = npt.NDArray[np.float64]
 
-INT8, BF16, FP32 = 1, 2, 3
+INT8, BF16, FP32, ECSQ = 1, 2, 3, CODEC_ID
 EVERY = (*CODEC_NAMES, "ecsq:0.7", "sparse")
 """Codecs by name, those that a manifest can't name among them."""
 LENGTHS = (0, 1, 3, 5, 63, 64, 65, 4095, 4096, 4097, 10_001, 12_288, 65_537, 98_303, 98_304)
