@@ -26,6 +26,7 @@ $(STAMP): pyproject.toml
 	  echo "Next step (Debian, Ubuntu): apt-get install python3-venv"; exit 1; }
 	@echo "Installing into $(VENV) (once; torch is the large part) ..."
 	@$(VENV)/bin/python -m pip install --quiet --upgrade-strategy only-if-needed -e '.[dev]'
+	@$(VENV)/bin/python -c 'from tensorcodecs.backend import warm_up; warm_up(print)'
 	@touch $(STAMP)
 
 clean:

@@ -47,6 +47,7 @@ from protocols.messages import AssetQuery, Plan
 from protocols.records import PeerRecord, sign_record
 from protocols.sharding import own_blocks
 from protocols.types import PeerId, RunId
+from tensorcodecs.backend import warm_up
 from tensorcodecs.chooser import Choice
 
 Build = Callable[[Manifest, Path], tuple[Method, DataSource]]
@@ -210,7 +211,15 @@ async def open_peer(
         for notice in seat.notices:
             hub.emit(ev.Notice("warning", notice))
         check_addresses(config.via)
+        loop = asyncio.get_running_loop()
+
+        def say(text: str) -> None:
+            loop.call_soon_threadsafe(hub.emit, ev.Notice("info", text))
+
+        # Beside the network's own start: no round may wait for a compiler.
+        warming = asyncio.create_task(asyncio.to_thread(warm_up, say), name="codec")
         net: Network = await (network or _libp2p)(config, seat, signer, hub)
+        await warming
         stack.push_async_callback(net.close)
         async with asyncio.TaskGroup() as tasks:
             connector = finding.Connector(

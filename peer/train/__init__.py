@@ -37,6 +37,7 @@ def build_method(
         ManifestError: it makes no working model, or one too large for this machine.
         StorageError: an asset is missing.
     """
+    import numpy as np
     import torch
 
     from peer.manifest import ADAPTIVE
@@ -54,6 +55,8 @@ def build_method(
         return LoraMethod(model, manifest.method, manifest.inner, where, manifest.model.seed)
     adaptive = manifest.codec.name == ADAPTIVE
     codec = get_codec(MEAN_CODEC if adaptive else manifest.codec.name)
+    for used in (codec, get_codec(MEAN_CODEC)):
+        used.encode(np.zeros(1, np.float32))  # compiles or loads its loops before the first round
     inner = Inner(model, manifest.inner, where)
     return PretrainMethod(inner, manifest.outer, codec, adaptive=adaptive)
 
