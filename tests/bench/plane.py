@@ -13,6 +13,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
 import numpy as np
@@ -38,6 +39,9 @@ _QUICK: Final = Plan(workers=2, warmup_steps=40, rounds=2, steps=10, validation_
 
 _SWEEP: Final = (0.45, 0.56, 0.63, 0.71, 0.8, 0.94, 1.19, 1.41, 1.7, 1.75, 2.4, 2.8, 3.4, 4.0)
 """Steps in rms, besides q4's, low's and min's; 0.95 and 1.75 are where levels become fewer."""
+
+_SPARSER: Final = ("sparse:16", "sparse:256")
+"""Of 4096 values, besides sparse's 64."""
 
 _PART: Final = 2**17  # values in what hivemind sends at once (its default 512 KiB)
 _GAP_MAX: Final = 0.30
@@ -129,16 +133,10 @@ def picture(points: Sequence[Point], what: str) -> str:
     lossy = [point for point in points if point.error > 0]
     sweep = [p for p in lossy if p.whose == "ours" and p.side]
     others = [p for p in lossy if p.whose == "ours" and not p.side]
-    x = svg.Axis(
-        "bits per value on the wire (log scale)", 0.08, 20.0, (0.1, 0.2, 0.5, 1, 2, 4, 8, 16), True
-    )
-    y = svg.Axis(
-        "relative error (log scale)",
-        1e-4,
-        1.5,
-        (1e-4, 1e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1),
-        True,
-    )
+    bits = (0.05, 0.1, 0.2, 0.5, 1, 2, 4, 8, 16)
+    errors = (1e-4, 1e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
+    x = svg.Axis("bits per value on the wire (log scale)", 0.03, 20.0, bits, log=True)
+    y = svg.Axis("relative error (log scale)", 1e-4, 1.5, errors, log=True)
     rates = [x.low * (x.high / x.low) ** (step / 200) for step in range(201)]
     series = [
         svg.Series("Shannon bound, normal source", [(r, 2.0**-r) for r in rates], "#57606a",
@@ -184,7 +182,8 @@ def _pseudo_gradients(quick: bool, seed: int, progress: Progress) -> list[Float3
 
 
 def _names() -> list[str]:
-    return [*CODEC_NAMES, *(f"ecsq:{a:g}" for a in _SWEEP)]
+    steps = [f"ecsq:{a:g}" for a in _SWEEP]
+    return list(dict.fromkeys([*CODEC_NAMES, "sparse", *_SPARSER, *steps]))
 
 
 def _trip(name: str) -> Trip:
@@ -284,6 +283,13 @@ def _bars(points: Sequence[Point]) -> list[Bar]:
     ]  # fmt: skip
 
 
+def _bitsandbytes() -> str:
+    try:
+        return version("bitsandbytes")
+    except PackageNotFoundError:
+        return "not installed"
+
+
 def _what(vectors: Sequence[Float32], seed: int) -> str:
     size = f"{len(vectors[0]) / 1e6:.1f} M values"
     return (
@@ -312,8 +318,8 @@ def _notes(vectors: Sequence[Float32], seed: int) -> list[str]:
         "standard library's text, 50 AdamW steps."
     )
     theirs = (
-        "hivemind 1.1.12 codes flat parts of 2^17 values, with one scale each; its 8-bit codecs "
-        "need a patch for numpy >= 2.4, and BlockwiseQuantization needs bitsandbytes."
+        "hivemind 1.1.12 codes flat parts of 2^17 values, with one scale each; its 8-bit "
+        f"codecs need a patch for numpy >= 2.4, and BlockwiseQuantization bitsandbytes ({_bitsandbytes()})."
     )
     picture = f"![Bits per value against error]({_PICTURE})"
     return [data, theirs, picture]
