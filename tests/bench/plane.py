@@ -133,9 +133,9 @@ def picture(points: Sequence[Point], what: str) -> str:
     lossy = [point for point in points if point.error > 0]
     sweep = [p for p in lossy if p.whose == "ours" and p.side]
     others = [p for p in lossy if p.whose == "ours" and not p.side]
-    bits = (0.05, 0.1, 0.2, 0.5, 1, 2, 4, 8, 16)
+    bits = (0.05, 0.1, 0.2, 0.5, 1, 2, 4, 8, 16, 32)
     errors = (1e-4, 1e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
-    x = svg.Axis("bits per value on the wire (log scale)", 0.03, 20.0, bits, log=True)
+    x = svg.Axis("bits per value on the wire (log scale)", 0.03, 32.0, bits, log=True)
     y = svg.Axis("relative error (log scale)", 1e-4, 1.5, errors, log=True)
     rates = [x.low * (x.high / x.low) ** (step / 200) for step in range(201)]
     series = [
@@ -318,8 +318,9 @@ def _notes(vectors: Sequence[Float32], seed: int) -> list[str]:
         "standard library's text, 50 AdamW steps."
     )
     theirs = (
-        "hivemind 1.1.12 codes flat parts of 2^17 values, with one scale each; its 8-bit "
-        f"codecs need a patch for numpy >= 2.4, and BlockwiseQuantization bitsandbytes ({_bitsandbytes()})."
+        "hivemind 1.1.12 codes flat parts of 2^17 values, with one scale each; its 8-bit codecs "
+        "need a patch for numpy >= 2.4, and BlockwiseQuantization also bitsandbytes "
+        f"({_bitsandbytes()})."
     )
     picture = f"![Bits per value against error]({_PICTURE})"
     return [data, theirs, picture]
