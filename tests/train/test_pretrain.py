@@ -280,8 +280,10 @@ def test_a_link_may_choose_the_codec_of_an_adaptive_run() -> None:
     made.step(batch(1))
     part = made.contribution()
     assert part.snr_db is not None
-    sizes = {name: sum(map(len, part.encode(0, made.units, name))) for name in ("min", "q4", "fp32")}
-    assert sizes["min"] < sizes["q4"] < sizes["fp32"]
+    thin, usual, exact = (
+        sum(map(len, part.encode(0, made.units, name))) for name in ("min", "q4", "fp32")
+    )
+    assert thin < usual < exact
     reducer = made.reducer()
     for unit in range(made.units):
         parts = [(1.0, part.encode(unit, unit + 1, name)[0]) for name in ("min", "fp32")]
