@@ -88,7 +88,8 @@ class Judge:
         try:
             codec.accumulate(payload, 1.0, acc_N)
         except DecodeError as error:
-            if verdict != str(error):
+            # What zstd says behind the colon depends on the size of buffers that it still had.
+            if verdict.partition(":")[0] != str(error).partition(":")[0]:
                 raise Finding(f"decode_into: {verdict}; accumulate: {error}") from None
             if not (acc_N == 1).all():
                 acc_N.fill(1)
