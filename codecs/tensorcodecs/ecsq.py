@@ -7,9 +7,9 @@ one byte; values become rint(x / step) within
 chunk). Level two: three, four or six levels are packed into a symbol and Huffman-coded with a
 shipped table, or with a table of the chunk's own where that saves more than 2 %.
 
-`a` is the rate knob. The result is 0.26 bits above the Shannon bound of a normal source, and a better
-entropy coder could win 0.02 of them (docs/results/plane.md). Of the quantisers measured only int4 with
-the largest magnitude for a scale comes as close, at its one rate of 3.3 bits.
+`a` is the rate knob. The result is 0.26 bits above the Shannon bound of a normal source, and a
+better entropy coder could win 0.02 of them (docs/results/plane.md). Of the quantisers measured only
+int4 with the largest magnitude for a scale comes as close, at its one rate of 3.3 bits.
 
 Body: (mode OWN: u8 per magnitude, `huffman.shown_weights`;) i16 largest step exponent, quarter
 octaves; i16 codebook entries of levels 1.., in 1/4096 of a step above the level; u8 per block:
