@@ -9,12 +9,12 @@ the loop.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import deque
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
+from peer.clock import SYSTEM, Clock
 from peer.exchange import (
     HAVE,
     HEADER,
@@ -121,6 +121,8 @@ class Learner(Protocol):
 
     round: int
     """Rounds in the outer state."""
+    digest: Digest
+    """Of the outer state."""
     tensors: tuple[TensorNote, ...]
     """The outer state's layout."""
 
@@ -150,9 +152,10 @@ class Driver:
         learner: Learner,
         emit: ev.Listener,
         *,
-        publish: Callable[[], None],
         serve_asset: Callable[[Stream, AssetQuery], Coroutine[Any, Any, None]],
+        publish: Callable[[], None] = lambda: None,
         on_plan: Callable[[Plan], None] = lambda _: None,
+        clock: Clock = SYSTEM,
     ) -> None:
         """`publish`: sign and store our record anew; `on_plan`: somebody else wants to know."""
         self.machine = machine
@@ -161,9 +164,10 @@ class Driver:
         self.exchange = exchange
         self.learner = learner
         self.emit = emit
-        self._publish = publish
+        self.publish = publish
         self._serve_asset = serve_asset
-        self._on_plan = on_plan
+        self.on_plan = on_plan
+        self.clock = clock
         self._outboxes: dict[PeerId, deque[Message]] = {}
         self._quiet = asyncio.Event()
         self._wake = asyncio.Event()
@@ -186,7 +190,7 @@ class Driver:
             while True:
                 self.feed(Tick())
                 self._wake.clear()
-                wait_s = max(0.0, self.machine.deadline_s - time.monotonic())
+                wait_s = max(0.0, self.machine.deadline_s - self.clock.monotonic())
                 try:
                     async with asyncio.timeout(min(wait_s, 1.0)):
                         await self._wake.wait()
@@ -201,7 +205,7 @@ class Driver:
             self.refused(error)
 
     def _handle(self, event: Event) -> None:
-        effects = self.machine.handle(event, time.monotonic())
+        effects = self.machine.handle(event, self.clock.monotonic())
         for effect in effects:
             self._perform(effect)
         if effects:
@@ -251,18 +255,18 @@ class Driver:
             case FetchState(donor, _, step_back):
                 self._start(self._fetch_state(donor, step_back), f"state from {donor}")
             case PublishRecord():
-                self._publish()
+                self.publish()
             case _:
                 self._tell(effect)
 
     def _tell(self, effect: Effect) -> None:
-        now_s = time.monotonic()
+        now_s = self.clock.monotonic()
         match effect:
             case PlanAdopted(plan, coordinator, due_s):
                 self._coordinator = coordinator
                 self._due = {n: d for n, d in self._due.items() if n >= plan.round - 1}
                 self._due[plan.round] = (due_s, plan)
-                self._on_plan(plan)
+                self.on_plan(plan)
                 self.emit(
                     ev.RoundPlanned(
                         plan.group,
@@ -313,7 +317,7 @@ class Driver:
     async def _deliver(self, peer: PeerId, box: deque[Message]) -> None:
         while box:
             message = box.popleft()
-            begun_s = time.monotonic()
+            begun_s = self.clock.monotonic()
             try:
                 await self.transport.call(peer, encode(message), limits.CALL_TIMEOUT_S)
             except TransportError as error:
@@ -321,9 +325,9 @@ class Driver:
             except RemoteProtocolError as error:
                 # It lives and says no: our message was stale, or it is of another run.
                 self.refused(error)
-                self.feed(Delivered(peer, time.monotonic() - begun_s))
+                self.feed(Delivered(peer, self.clock.monotonic() - begun_s))
             else:
-                self.feed(Delivered(peer, time.monotonic() - begun_s))
+                self.feed(Delivered(peer, self.clock.monotonic() - begun_s))
         del self._outboxes[peer]
         if not self._outboxes:
             self._quiet.set()
@@ -433,14 +437,14 @@ class Driver:
         self.exchange.settle(effect.round, held)
         if effect.plan is None:
             self.emit(ev.CaughtUp(effect.round, self._fetched_from))
-        due_s = self._due.get(effect.round, (time.monotonic(), None))[0]
+        due_s = self._due.get(effect.round, (self.clock.monotonic(), None))[0]
         self.feed(Applied(effect.round, facts.digest))
         self.round_finished(
-            effect.round, facts, held, effect.plan, max(0.0, time.monotonic() - due_s)
+            effect.round, facts, held, effect.plan, max(0.0, self.clock.monotonic() - due_s)
         )
 
     async def _fetch_state(self, donor: PeerId, step_back: bool) -> None:
-        begun_s = time.monotonic()
+        begun_s = self.clock.monotonic()
         try:
             state = await fetch_state(
                 self.transport, donor, self.machine.config.run, self.learner.tensors
@@ -455,7 +459,9 @@ class Driver:
         if not await self.learner.load(state.round, state.digest, state.arrays, step_back):
             self.feed(StateFailed(donor, "its state is older than ours, or not what it says"))
             return
-        self.emit(ev.StateReceived(donor, state.round, state.bytes, time.monotonic() - begun_s))
+        self.emit(
+            ev.StateReceived(donor, state.round, state.bytes, self.clock.monotonic() - begun_s)
+        )
         self.feed(StateReady(state.round, state.digest))
 
     # ── streams that others open ─────────────────────────────────────────────────────────

@@ -16,12 +16,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import struct
-import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
+from peer.clock import SYSTEM, Clock
 from peer.net.transport import Stream, Transport, TransportError
 from peer.train.method import Contribution, Reducer
 from protocols import limits
@@ -123,12 +123,14 @@ class Exchange:
         signer: Signer,
         reducer: Reducer,
         on_choice: Callable[[PeerId, int, Choice], None] = lambda *_: None,
+        clock: Clock = SYSTEM,
     ) -> None:
         """`on_choice`: told which codec a link got for our part of a span, and why."""
         self._transport = transport
         self._signer = signer
         self._reducer = reducer
         self._on_choice = on_choice
+        self._clock = clock
         self._bandwidth_bps: dict[PeerId, float] = {}
         """Measured on the contributions that we sent, the latest counting half."""
         self._codec = ThreadPoolExecutor(1, thread_name_prefix="codec")
@@ -177,7 +179,7 @@ class Exchange:
             await stream.send(HEADER, encode(header))
             await _expect_yes(stream)
             codec = self._codec_for(plan, index, to, contribution)
-            begun_s, size = time.monotonic(), 0
+            begun_s, size = self._clock.monotonic(), 0
             if contribution.weight > 0:
                 for start in range(span.start, span.stop, BATCH_UNITS):
                     stop = min(start + BATCH_UNITS, span.stop)
@@ -188,7 +190,7 @@ class Exchange:
                     await _send_units(stream, start, payloads)
             await stream.finish()
             await _expect_yes(stream)
-            self._sent(to, size, time.monotonic() - begun_s)
+            self._sent(to, size, self._clock.monotonic() - begun_s)
         finally:
             await stream.close()
         return True
@@ -305,7 +307,7 @@ class Exchange:
     def _span(self, number: int, start: int, stop: int) -> _OpenSpan:
         key = (number, start, stop)
         if key not in self._spans:
-            self._spans[key] = _OpenSpan(time.monotonic())
+            self._spans[key] = _OpenSpan(self._clock.monotonic())
         return self._spans[key]
 
     # ── outcomes ─────────────────────────────────────────────────────────────────────────
@@ -336,7 +338,7 @@ class Exchange:
             contributors,
             await self._compute(lambda: content_digest(units)),
             sum(map(len, units)),
-            time.monotonic() - state.opened_s,
+            self._clock.monotonic() - state.opened_s,
         )
         outcome = Outcome(header, sign(self._signer, OUTCOME_DOMAIN, header), tuple(units))
         self.hold(outcome)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -37,14 +36,13 @@ from peer.observe import events as ev
 from peer.observe.hub import Hub
 from peer.observe.jsonl import JsonlLog
 from peer.observe.metrics import Metrics, serve_http
+from peer.presence import Presence, PresenceConfig
 from peer.train.method import DataSource, Method
 from peer.transfer import serve_asset
-from protocols import limits
-from protocols.events import Leaving, RecordIssued, RecordSeen, StateReady
+from protocols.events import Leaving, StateReady
 from protocols.group import GroupConfig, GroupMachine
 from protocols.identity import Signer
 from protocols.messages import AssetQuery, Plan
-from protocols.records import PeerRecord, sign_record
 from protocols.sharding import own_blocks
 from protocols.types import PeerId, RunId
 from tensorcodecs.backend import warm_up
@@ -53,14 +51,9 @@ from tensorcodecs.chooser import Choice
 Build = Callable[[Manifest, Path], tuple[Method, DataSource]]
 """(manifest, assets folder) -> what trains and on what; called in the training thread."""
 
-MEMBERS_READ_S: Final = 2.0  # while there is nobody, and ...
-MEMBERS_READ_S_MAX: Final = 15.0  # ... once there is company
 PROGRESS_S: Final = 1.0
-UPLOAD_KBPS_UNKNOWN: Final = 100_000  # what an unmeasured, unlimited line counts for in elections
 RETURN_WAIT_S: Final = 15.0  # a peer with a past looks for the others before it goes on alone
 GOODBYE_S: Final = 2.0
-STATE_LOOK_S: Final = 1.0
-STATE_TOLD_S: Final = 30.0
 
 
 class Network(Protocol):
@@ -360,9 +353,8 @@ async def _assemble(
         await serve_asset(stream, assets / query.name, query.offset)
 
     driver = Driver(
-        machine, net.transport, signer, exchange, learner, hub.emit,
-        publish=lambda: None, serve_asset=give_asset,
-    )  # fmt: skip
+        machine, net.transport, signer, exchange, learner, hub.emit, serve_asset=give_asset
+    )
     if learner.restored and not first:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(RETURN_WAIT_S):
@@ -383,17 +375,28 @@ def build_run(manifest: Manifest, assets: Path, config: PeerConfig) -> tuple[Met
 
 # ── chores ───────────────────────────────────────────────────────────────────────────────
 class _Keeper:
-    """The peer's standing tasks: record, members, progress, rounds' reports, training's health."""
+    """The peer's standing tasks: presence, progress, rounds' reports, training's health."""
 
     def __init__(self, config: PeerConfig, peer: Peer, driver: Driver, founded_ms: int) -> None:
         self._config = config
         self._peer = peer
         self._driver = driver
-        self._founded_ms = founded_ms
         self._learner = peer._learner
         self._machine = peer._machine
         self._hub = peer.hub
-        self._publish = asyncio.Event()
+        self._presence = Presence(
+            PresenceConfig(
+                run=peer.run,
+                manifest=peer.manifest.to_canonical(),
+                name=peer.manifest.name,
+                site=config.site,
+                upload_bps=config.upload_bps,
+                founded_ms=founded_ms,
+            ),
+            driver,
+            peer.network.directory,
+            peer.hub.emit,
+        )
         self._finished: asyncio.Queue[
             tuple[int, AppliedFacts, list[Outcome], Plan | None, float]
         ] = asyncio.Queue(maxsize=64)
@@ -401,21 +404,18 @@ class _Keeper:
         self._waited_s = 0.0
         self._sharers: tuple[PeerId, ...] = ()
         self._plan: Plan | None = None
-        driver._publish = self._publish.set
-        driver._on_plan = self._planned
+        driver.on_plan = self._planned
         driver.round_finished = self._round_finished
 
     def start(self, tasks: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
-        self._issue_record()
+        self._presence.issue_record()
         works = {
             "driver": self._driver.run(),
-            "record": self._keep_record(),
-            "members": self._keep_members(),
             "progress": self._keep_progress(),
             "rounds": self._keep_rounds(),
             "blocks": self._keep_blocks(),
             "training": self._learner.failed(),
-            "state": self._wait_for_state(),
+            **{name: work() for name, work in self._presence.works().items()},
         }
         return [tasks.create_task(work, name=name) for name, work in works.items()]
 
@@ -427,84 +427,6 @@ class _Keeper:
                 await self._driver.posted()
         if self._learner.round > 0 and self._machine.ready:
             await self._learner.save()
-
-    async def _wait_for_state(self) -> None:
-        """A newcomer waits for a donor; only where nobody has heard of the run it begins anew."""
-        directory = self._peer.network.directory
-        alone_s = 0.0
-        told_s = time.monotonic()
-        while not self._machine.ready:
-            others = [m for m in await directory.members(self._peer.run) if m.peer != self._peer.id]
-            known = any(notice.run == self._peer.run for notice in await directory.runs())
-            alone_s = 0.0 if others or known else alone_s + STATE_LOOK_S
-            if alone_s > finding.EMPTY_S and directory.size() > 0:
-                self._hub.emit(ev.Notice("info", "nobody has this run any more: beginning anew"))
-                self._driver.feed(StateReady(self._learner.round, self._learner.digest))
-                return
-            if time.monotonic() - told_s > STATE_TOLD_S:
-                told_s = time.monotonic()
-                self._hub.emit(
-                    ev.Notice(
-                        "warning",
-                        f"still waiting for a member with the run's state ({len(others)} known);"
-                        " it goes on by itself when one is online",
-                    )
-                )
-            await asyncio.sleep(STATE_LOOK_S)
-
-    # ── the record ───────────────────────────────────────────────────────────────────────
-    def _issue_record(self) -> bytes:
-        budget_bps = self._config.upload_bps
-        now_ms = int(time.time() * 1000)
-        record = PeerRecord(
-            self._peer.id,
-            self._peer.run,
-            self._machine.group,
-            self._config.site,
-            tuple(self._peer.addresses[: limits.ADDRESSES_MAX]),
-            int(budget_bps / 1000) if budget_bps is not None else UPLOAD_KBPS_UNKNOWN,
-            True,
-            self._learner.round,
-            self._founded_ms,
-            now_ms,
-            now_ms + int(limits.RECORD_TTL_S * 1000),
-        )
-        signed = sign_record(self._peer._signer, record)
-        self._driver.feed(RecordIssued(signed, record))
-        return signed
-
-    async def _keep_record(self) -> None:
-        manifest = self._peer.manifest
-        directory = self._peer.network.directory
-        canonical = manifest.to_canonical()
-        announced = False
-        while True:
-            self._publish.clear()
-            stored = await directory.publish_record(self._issue_record())
-            if self._machine.ready and not announced:
-                announced = await directory.publish_manifest(
-                    self._peer.run, canonical, manifest.name
-                )
-            alone = not stored or not announced
-            wait_s = MEMBERS_READ_S if alone else limits.RECORD_REFRESH_S
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(wait_s):
-                    await self._publish.wait()
-
-    async def _keep_members(self) -> None:
-        net = self._peer.network
-        remember = getattr(net.transport, "remember", None)
-        wait_s = MEMBERS_READ_S
-        while True:
-            for record in await net.directory.members(self._peer.run):
-                if record.peer == self._peer.id:
-                    continue
-                if remember is not None:
-                    remember(record.peer, record.addresses)
-                self._driver.feed(RecordSeen(record))
-            company = len(self._machine.members.everybody()) > 0
-            wait_s = min(MEMBERS_READ_S_MAX, wait_s * 1.3) if company else MEMBERS_READ_S
-            await asyncio.sleep(wait_s * random.uniform(0.8, 1.2))
 
     # ── whose blocks ─────────────────────────────────────────────────────────────────────
     def _planned(self, plan: Plan) -> None:
