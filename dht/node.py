@@ -82,9 +82,7 @@ class HivemindDirectory:
         """Set when the daemon was replaced: the node has to be replaced as well."""
 
     @classmethod
-    async def start(
-        cls, transport: Daemon, signer: Signer, *, client_mode: bool = False
-    ) -> Self:
+    async def start(cls, transport: Daemon, signer: Signer, *, client_mode: bool = False) -> Self:
         """A node on the transport's daemon that knows nobody yet; `join` comes next.
 
         `client_mode`: store nothing for others and answer nobody; for peers that can't be reached.

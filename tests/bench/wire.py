@@ -75,8 +75,7 @@ def run(quick: bool, seed: int, progress: Progress) -> Result:
     rows += on_gpu
     if on_gpu:
         slowest = [
-            min(float(str(row[f"{what} GB/s"])) for row in on_gpu)
-            for what in ("encode", "decode")
+            min(float(str(row[f"{what} GB/s"])) for row in on_gpu) for what in ("encode", "decode")
         ]
         bars += [
             Bar.at_least("GPU: GB/s encoded", slowest[0], 200.0, "float32; goal 550"),

@@ -69,9 +69,7 @@ def reduce(method: FlatMethod, parts: list[FrozenWork]) -> list[bytes]:
     for unit in range(method.units):
         for units in coded:
             reducer.check(unit, units[unit])
-        pairs = [
-            (part.weight, units[unit]) for part, units in zip(parts, coded, strict=True)
-        ]
+        pairs = [(part.weight, units[unit]) for part, units in zip(parts, coded, strict=True)]
         reduced = reducer.reduce(unit, [pair for pair in pairs if pair[0] > 0])
         assert not reduced.refused
         means.append(reduced.payload)

@@ -1,0 +1,131 @@
+"""Catching up: outcomes that we missed, fetched from who holds them and applied one by one.
+
+Who is behind by more than others keep, or failed several times, takes a donor's state instead.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from protocols import limits
+from protocols.events import ApplyRound, Effect, FetchFinished, FetchOutcomes, OutcomeHeld
+from protocols.healing import Healing
+from protocols.messages import OutcomeHeader
+from protocols.records import Signed
+from protocols.standing import RETRY_S, Attempt, Standing
+
+BEHIND_GRACE_S: Final = 1.5  # others finish a round a little earlier; outcomes are on their way
+FETCH_TRIES_MAX: Final = 3
+
+
+class CatchingUp:
+    """Keeps in step with those who have more rounds than we."""
+
+    def __init__(self, standing: Standing, healing: Healing) -> None:
+        self._here = standing
+        self._healing = healing
+        self._behind_since_s: float | None = None
+        self._fetch: Attempt | None = None
+        self._tries = 0
+        self._caught: dict[int, tuple[OutcomeHeader, Signed]] = {}
+        """First unit -> a fetched outcome of the round that we stand at."""
+
+    def settled(self) -> None:
+        """We have moved on: to another round, or to another state."""
+        self._behind_since_s = None
+        self._fetch = None
+        self._tries = 0
+        self._caught.clear()
+
+    def held(self, event: OutcomeHeld, now_s: float) -> list[Effect]:
+        here = self._here
+        here.members.heard(event.sender, now_s)
+        header = event.header
+        if header.round != here.round:
+            return []
+        if event.fetched and len(self._caught) < limits.AGGREGATORS_MAX:
+            self._caught[header.start] = (header, event.signed)
+        if here.current is not None and here.current.number == header.round:
+            return here.current.hold(header, event.signed, now_s)
+        return []
+
+    def fetch_finished(self, event: FetchFinished, now_s: float) -> list[Effect]:
+        here = self._here
+        if here.current is not None and here.current.number == event.round:
+            here.current.fetch_finished(event.peer)
+        if self._fetch is None or self._fetch.peer != event.peer:
+            return []
+        self._fetch.until_s = now_s + RETRY_S / 4
+        whole = self._assembled()
+        trusted = self._same_history(whole, now_s)
+        if event.round == here.round and whole and here.ready and trusted:
+            if here.current is not None and here.current.applying:
+                return []
+            plan = here.current.plan if here.current is not None else None
+            if here.current is not None:
+                here.current.applying = True
+            self._fetch.until_s = now_s + here.config.exchange_s
+            return [ApplyRound(plan, here.round, whole)]
+        self._tries += 1
+        return []
+
+    def _assembled(self) -> tuple[tuple[OutcomeHeader, Signed], ...]:
+        """Fetched outcomes that together cover every unit, or nothing."""
+        edge, parts = 0, []
+        for start in sorted(self._caught):
+            header, signed = self._caught[start]
+            if header.start != edge:
+                return ()
+            parts.append((header, signed))
+            edge = header.stop
+        return tuple(parts) if edge == self._here.config.units else ()
+
+    def _same_history(
+        self, outcomes: tuple[tuple[OutcomeHeader, Signed], ...], now_s: float
+    ) -> bool:
+        """Whether fetched outcomes can be those of our own group's round.
+
+        Outcomes of the plan that we follow are. Of a later epoch we can't know, but what a
+        clear minority did by itself while it was cut off is not what the group did.
+        """
+        here = self._here
+        if here.current is None:
+            return True
+        later = [h for h, _ in outcomes if h.epoch > here.current.plan.epoch]
+        if not later:
+            return True
+        support = max(len(h.contributors) for h in later)
+        return 2 * support > here.camp(here.members.live(here.group, now_s))
+
+    def sync(self, now_s: float) -> list[Effect]:
+        """Get the state, or make good what we missed."""
+        here = self._here
+        self._healing.expire(now_s)
+        if self._healing.fetching:
+            return []
+        if not here.ready:
+            return self._healing.fetch_state(self._healing.donors(now_s), now_s)
+        ahead = here.ahead(now_s)
+        if not ahead:
+            self._behind_since_s = None
+            return self._healing.step_back(now_s)
+        if self._behind_since_s is None:
+            self._behind_since_s = now_s
+        busy = here.current is not None and here.current.applying
+        urgent = here.pending is not None or (
+            here.current is None or now_s > here.current.end_s or here.current.training
+        )
+        if busy or (now_s - self._behind_since_s < BEHIND_GRACE_S and not urgent):
+            return []
+        gap = ahead[0].round - here.round
+        if gap > limits.OUTCOME_ROUNDS_KEPT or self._tries >= FETCH_TRIES_MAX:
+            self._tries = 0
+            if not here.outnumbered(here.members.live(here.group, now_s)):
+                return []  # they are fewer than we: it is they who must come back
+            return self._healing.fetch_state(ahead, now_s)
+        if self._fetch is not None and now_s < self._fetch.until_s:
+            return []
+        source = ahead[self._tries % len(ahead)].record.peer
+        self._fetch = Attempt(source, now_s + here.config.exchange_s)
+        self._caught.clear()
+        return [FetchOutcomes(source, here.round, None)]

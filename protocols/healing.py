@@ -1,0 +1,149 @@
+"""Healing: another's state where ours is missing, wrong or outvoted.
+
+Members of a group compare digests every round; the minority takes the majority's state, and who
+went on with few while more went on without it steps back. A donor that fails is avoided for a
+while, twice as long each time.
+"""
+
+from __future__ import annotations
+
+from collections import Counter as Tally
+from typing import Final
+
+from protocols import limits
+from protocols.election import candidates
+from protocols.events import Agreed, Differed, Effect, FetchState
+from protocols.membership import Neighbour, seat_of
+from protocols.standing import RETRY_S, Attempt, Standing
+from protocols.types import Digest, PeerId
+
+STEP_BACK_S: Final = 3.0  # a majority apart must last; others finish a round a little earlier
+STATE_FETCH_S: Final = 600.0  # then another donor is asked; a stalled stream fails much sooner
+DONOR_BACKOFF_S_MAX: Final = 600.0
+
+
+class Healing:
+    """One state transfer at a time, and the comparison of digests that calls for it."""
+
+    def __init__(self, standing: Standing) -> None:
+        self._here = standing
+        self._fetch: Attempt | None = None
+        self._bad_donors: dict[PeerId, tuple[float, float]] = {}
+        """Donor -> (until when it is avoided, for how long the next time)."""
+        self._agreed = -1
+        self._apart_since_s: float | None = None
+
+    @property
+    def fetching(self) -> bool:
+        """Whether a state is on its way."""
+        return self._fetch is not None
+
+    def settled(self) -> None:
+        """We have moved on: to another round, or to another state."""
+        self._apart_since_s = None
+
+    def fetched(self) -> None:
+        """The state came."""
+        self._fetch = None
+
+    def failed(self, donor: PeerId, now_s: float) -> None:
+        """The donor could not give it."""
+        self._fetch = None
+        self._avoid(donor, now_s)
+
+    def expire(self, now_s: float) -> None:
+        """Give up a donor that took too long."""
+        if self._fetch is not None and now_s >= self._fetch.until_s:
+            self.failed(self._fetch.peer, now_s)
+
+    def step_back(self, now_s: float) -> list[Effect]:
+        """We have more rounds than a majority that went on without us: theirs count."""
+        here = self._here
+        live = here.members.live(here.group, now_s)
+        latest = here.current or here.previous
+        ours = set(latest.plan.peers) if latest is not None else set()
+        others = [
+            n for n in live if n.ready and 0 < n.round < here.round and n.record.peer not in ours
+        ]
+        camps = Tally((n.round, n.digest) for n in others)
+        best = max(camps, key=lambda c: (camps[c], c), default=None)
+        if best is None or camps[best] <= here.camp(live):
+            self._apart_since_s = None
+            return []
+        if self._apart_since_s is None:
+            self._apart_since_s = now_s
+        if now_s - self._apart_since_s < STEP_BACK_S:
+            return []
+        donors = [n for n in others if (n.round, n.digest) == best]
+        return self.fetch_state(donors, now_s, step_back=True)
+
+    def donors(self, now_s: float) -> list[Neighbour]:
+        """Peers with the run's state: our group's first, then those with most history."""
+        here = self._here
+        return sorted(
+            (n for n in here.members.everybody() if n.ready and not n.suspected and n.heard_s > 0),
+            key=lambda n: (n.group != here.group, -n.round, n.record.peer),
+        )
+
+    def _avoid(self, donor: PeerId, now_s: float) -> None:
+        """A transfer from it failed: others first, and twice as long each time."""
+        if len(self._bad_donors) >= limits.KNOWN_PEERS_MAX:
+            self._bad_donors.clear()
+        _, wait_s = self._bad_donors.get(donor, (0.0, RETRY_S))
+        self._bad_donors[donor] = (now_s + wait_s, min(2 * wait_s, DONOR_BACKOFF_S_MAX))
+
+    def fetch_state(
+        self, donors: list[Neighbour], now_s: float, *, step_back: bool = False
+    ) -> list[Effect]:
+        never = (0.0, 0.0)
+        able = [d for d in donors if self._bad_donors.get(d.record.peer, never)[0] <= now_s]
+        if not able:
+            return []
+        donor = able[0]
+        self._fetch = Attempt(donor.record.peer, now_s + STATE_FETCH_S)
+        return [FetchState(donor.record.peer, donor.round, step_back)]
+
+    def check_digests(self, now_s: float) -> list[Effect]:
+        """Compare with everyone who stands at the same round; the minority heals."""
+        here = self._here
+        same_round = [
+            n
+            for n in here.members.live(here.group, now_s)
+            if n.ready and n.round == here.round and n.digest
+        ]
+        if not same_round or (here.current is not None and here.current.applying):
+            return []
+        behind = any(n.ready and n.round < here.round for n in here.members.live(here.group, now_s))
+        tally = Tally([here.digest, *(n.digest for n in same_round)])
+        if len(tally) == 1:
+            peers = tuple(sorted([here.me, *(n.record.peer for n in same_round)]))
+            latest = here.previous
+            expected = len(latest.plan.peers) if latest is not None else len(peers)
+            if self._agreed < here.round and len(peers) >= expected:
+                self._agreed = here.round
+                return [Agreed(here.round, here.digest, peers)]
+            return []
+        if behind and now_s - here.applied_s < limits.DIGEST_WAIT_S:
+            return []  # who is the majority shows when all have reported
+        return self._heal(same_round, tally, now_s)
+
+    def _heal(
+        self, same_round: list[Neighbour], tally: Tally[Digest], now_s: float
+    ) -> list[Effect]:
+        here = self._here
+        holders: dict[Digest, list[PeerId]] = {here.digest: [here.me]}
+        for n in same_round:
+            holders.setdefault(n.digest, []).append(n.record.peer)
+        assert here.record is not None
+        seats = [seat_of(n.record) for n in same_round] + [seat_of(here.record.record)]
+        order = candidates(here.group, 0, seats)
+        first = {d: min(order.index(p) for p in peers) for d, peers in holders.items()}
+        winner = min(tally, key=lambda d: (-tally[d], first[d]))
+        if winner == here.digest or self._fetch is not None:
+            return []
+        donors = [n for n in same_round if n.digest == winner]
+        effects = self.fetch_state(donors, now_s)
+        if effects:
+            donor = donors[0].record.peer
+            effects.insert(0, Differed(here.round, here.digest, winner, donor))
+        return effects

@@ -1,0 +1,176 @@
+"""Where a peer stands: the facts that all parts of the group's machine read and move.
+
+Who coordinates, who is ahead and whose camp is larger follow from these facts alone, so they are
+answered here. Each part (`company`, `moving`, `following`, `steering`, `healing`, `catching_up`)
+holds one idea and what only it remembers; `group` puts them together.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Final
+
+from protocols import limits
+from protocols.election import candidates
+from protocols.errors import RemoteProtocolError
+from protocols.events import RecordIssued
+from protocols.membership import Membership, Neighbour, seat_of
+from protocols.messages import Plan, Seat
+from protocols.round import Round
+from protocols.types import Digest, GroupName, PeerId, RunId
+
+SETTLE_S: Final = 2.0  # a newcomer listens this long before it believes that it is alone
+RETRY_S: Final = 2.0
+BENCH_S: Final = 60.0  # who was passed over is tried again after this
+EPOCH_LEAP_MAX: Final = 2**20  # epochs grow by one; more at once is a lie or an accident
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupConfig:
+    """What the manifest and the owner decide."""
+
+    run: RunId
+    units: int
+    site: str = ""
+    members_max: int = limits.GROUP_MEMBERS_MAX
+    aggregators_max: int = 4
+    round_s: float = 5.0
+    """From one round's contributions to the next."""
+    exchange_s: float = 20.0
+    """A round that is not complete this long after its contributions were due is made good."""
+    quorum: float = 0.5
+
+
+@dataclass(slots=True)
+class Attempt:
+    """A fetch under way or to be repeated."""
+
+    peer: PeerId
+    until_s: float
+
+
+class Standing:
+    """Plain facts; whoever moves them says why where it does."""
+
+    def __init__(self, me: PeerId, config: GroupConfig, now_s: float) -> None:
+        self.me = me
+        self.config = config
+        self.members = Membership(me)
+        self.group = GroupName("")
+        self.round = 0
+        """Rounds in our outer state: the number of the next one."""
+        self.digest = Digest(b"")
+        self.ready = False
+        self.epoch = 0
+        self.current: Round | None = None
+        self.previous: Round | None = None
+        self.leaving = False
+        self.record: RecordIssued | None = None
+        self.pending: tuple[Plan, PeerId, float] | None = None
+        """A plan for a round that we have not reached yet, from whom, and when it came."""
+        self.started_s = now_s
+        """When we came to this group."""
+        self.applied_s = now_s
+        self.due_s = -math.inf
+        """When the contributions of the latest applied round were due."""
+        self.moved_s = now_s
+        """When we last got a step further: a plan, an outcome, a state."""
+        self.newcomer = True
+        """Others know the plan in force and we don't, so one of them should coordinate."""
+        self._benched: dict[PeerId, float] = {}
+        """Alive but useless, and until when they are passed over."""
+
+    # ── who is where ─────────────────────────────────────────────────────────────────────
+    def live_members(self, now_s: float) -> list[PeerId]:
+        """The group as we see it, ourselves included, in order."""
+        return sorted([self.me, *(n.record.peer for n in self.members.live(self.group, now_s))])
+
+    def coordinator(self, now_s: float) -> PeerId | None:
+        """Who should issue the next plan, by what we know."""
+        seats = self.eligible(now_s)
+        order = candidates(self.group, 0, seats) if seats else []
+        able = [p for p in order if not self.is_benched(p, now_s)]
+        return next(iter(able or order), None)
+
+    def eligible(self, now_s: float) -> list[Seat]:
+        """Live, ready members who stand at the group's latest round, ourselves included.
+
+        Newcomers come last in line: as long as a member of the plan in force lives, it
+        coordinates, because it knows that plan.
+        """
+        live = [n for n in self.members.live(self.group, now_s) if n.ready]
+        if self.ready and not self.outnumbered(live):
+            # Whoever stands here with another state is about to heal, or we are.
+            seats = [
+                seat_of(n.record) for n in live if n.round == self.round and n.digest == self.digest
+            ]
+            if self.record is not None:
+                seats.append(seat_of(self.record.record))
+        else:
+            top = max([n.round for n in live], default=0)
+            seats = [seat_of(n.record) for n in live if n.round == top]
+        latest = self.current or self.previous
+        if latest is not None:
+            incumbents = [s for s in seats if s.peer in latest.plan.peers]
+            return incumbents or seats
+        if self.newcomer and any(n.epoch > 0 for n in live):
+            return [s for s in seats if s.peer != self.me]
+        return seats
+
+    def outnumbered(self, live: list[Neighbour]) -> bool:
+        """Whether those with more rounds than we are at least as many as those at our state.
+
+        One that claims to be ahead does not stop a group that is at work.
+        """
+        ahead = sum(n.ready and n.round > self.round for n in live)
+        if self.round == 0:
+            return ahead > 0  # a fresh start is no history, however many share it
+        return ahead >= self.camp(live)
+
+    def camp(self, live: list[Neighbour]) -> int:
+        """How many stand at exactly our state, ourselves included."""
+        return 1 + sum(n.ready and n.round == self.round and n.digest == self.digest for n in live)
+
+    def ahead(self, now_s: float) -> list[Neighbour]:
+        """Live, ready members whose state has more rounds than ours."""
+        live = self.members.live(self.group, now_s)
+        return sorted(
+            (n for n in live if n.ready and n.round > self.round),
+            key=lambda n: (-n.round, n.record.peer),
+        )
+
+    def bench(self, peer: PeerId, now_s: float) -> None:
+        self._benched = {p: t for p, t in self._benched.items() if t > now_s}
+        if len(self._benched) < limits.ROSTER_MAX:
+            self._benched[peer] = now_s + BENCH_S
+
+    def is_benched(self, peer: PeerId, now_s: float) -> bool:
+        return self._benched.get(peer, -math.inf) > now_s
+
+    def same_digest(self, peer: PeerId) -> bool:
+        if peer == self.me:
+            return True
+        known = self.members.get(peer)
+        return known is not None and known.digest == self.digest
+
+    def suspected(self) -> set[PeerId]:
+        return self.members.suspects(self.group)
+
+    def own_run(self, sender: PeerId, run: RunId) -> None:
+        if run != self.config.run:
+            raise RemoteProtocolError(sender, f"speaks of run {run[:12]}, ours is another")
+
+    def heard_of_epoch(self, epoch: int) -> None:
+        """A fellow member knows a later epoch; a leap beyond reason is not believed."""
+        if epoch <= self.epoch + EPOCH_LEAP_MAX:
+            self.epoch = max(self.epoch, epoch)
+
+    def round_for(self, sender: PeerId, group: GroupName, number: int) -> Round:
+        """The round in force, which a stream must belong to."""
+        if group != self.group:
+            raise RemoteProtocolError(sender, f"is of group {group}, ours is {self.group}")
+        if self.current is None or self.current.number != number:
+            mine = self.current.number if self.current else self.round
+            raise RemoteProtocolError(sender, f"round {number}; we are in round {mine}")
+        return self.current
