@@ -73,7 +73,8 @@ def steps_for(
     step_B = spread_B * (ratio * SPREADS / 2**bits)
     # A block that never moved still has neighbours that did: no step is far below the others'.
     floor = max(STEP_MIN, float(step_B.max(initial=0.0)) / 64)
-    return np.clip(step_B, floor, STEP_MAX).astype(np.float32)
+    steps_B: Float32 = np.clip(step_B, floor, STEP_MAX).astype(np.float32)
+    return steps_B
 
 
 def bytes_max(numel: int, *, bits: int, block: int = BLOCK_VALUES) -> int:
@@ -194,4 +195,5 @@ def _unpack_bits(plane: memoryview, numel: int, bits: int) -> _Int64:
     if bit_N[numel * bits :].any():
         raise DecodeError("spare bits that are not zero")
     bit_Nb = bit_N[: numel * bits].reshape(numel, bits).astype(np.int64)
-    return (bit_Nb << np.arange(bits)).sum(axis=1)
+    rest_N: _Int64 = (bit_Nb << np.arange(bits)).sum(axis=1)
+    return rest_N
