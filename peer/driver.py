@@ -170,6 +170,9 @@ class Driver:
         self.clock = clock
         self._outboxes: dict[PeerId, deque[Message]] = {}
         self._quiet = asyncio.Event()
+        self._applying = 0
+        self._settled = asyncio.Event()
+        self._settled.set()
         self._wake = asyncio.Event()
         self._tasks: asyncio.TaskGroup | None = None
         self._refusals: dict[PeerId, int] = {}
@@ -250,7 +253,7 @@ class Driver:
                 self._start(self._push(effect), f"push {effect.header.span} to {effect.to}")
             case FetchOutcomes(peer, number, span):
                 self._start(self._fetch(peer, number, span), f"fetch {number} from {peer}")
-            case ApplyRound():
+            case ApplyRound() if not self.machine.leaving:
                 self._start(self._apply(effect), f"apply {effect.round}")
             case FetchState(donor, _, step_back):
                 self._start(self._fetch_state(donor, step_back), f"state from {donor}")
@@ -309,6 +312,10 @@ class Driver:
         """Until every queued message was delivered or given up."""
         while self._outboxes:
             await self._quiet.wait()
+
+    async def settled(self) -> None:
+        """Until no round is being applied: the state and what was told of it agree."""
+        await self._settled.wait()
 
     def taken(self, number: int) -> Taken | None:
         """This peer's own contribution to a round, if it was the last one."""
@@ -427,6 +434,16 @@ class Driver:
         self.feed(FetchFinished(peer, number, count, reason))
 
     async def _apply(self, effect: ApplyRound) -> None:
+        self._applying += 1
+        self._settled.clear()
+        try:
+            await self._apply_held(effect)
+        finally:
+            self._applying -= 1
+            if not self._applying:
+                self._settled.set()
+
+    async def _apply_held(self, effect: ApplyRound) -> None:
         outcomes = [self.exchange.find(header) for header, _ in effect.outcomes]
         held = [outcome for outcome in outcomes if outcome is not None]
         if len(held) != len(outcomes):

@@ -54,6 +54,7 @@ Build = Callable[[Manifest, Path], tuple[Method, DataSource]]
 PROGRESS_S: Final = 1.0
 RETURN_WAIT_S: Final = 15.0  # a peer with a past looks for the others before it goes on alone
 GOODBYE_S: Final = 2.0
+LAST_WORDS_S: Final = 30.0  # an evaluation that has begun comes first; the thread is busy anyway
 
 
 class Network(Protocol):
@@ -401,6 +402,7 @@ class _Keeper:
             tuple[int, AppliedFacts, list[Outcome], Plan | None, float]
         ] = asyncio.Queue(maxsize=64)
         self._bytes = (0, 0)
+        self._leaving = False
         self._waited_s = 0.0
         self._sharers: tuple[PeerId, ...] = ()
         self._plan: Plan | None = None
@@ -422,9 +424,15 @@ class _Keeper:
     async def stop(self, reason: str) -> None:
         """Say goodbye and save; the second Ctrl-C cuts this short."""
         self._driver.feed(Leaving(reason))
+        self._leaving = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(GOODBYE_S):
                 await self._driver.posted()
+        # A round that was just applied is in the state that is saved, so it is told, too.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LAST_WORDS_S):
+                await self._driver.settled()
+                await self._finished.join()
         if self._learner.round > 0 and self._machine.ready:
             await self._learner.save()
 
@@ -465,6 +473,7 @@ class _Keeper:
     ) -> None:
         if self._finished.full():
             self._finished.get_nowait()
+            self._finished.task_done()
         self._finished.put_nowait((number, facts, held, plan, s))
 
     async def _keep_rounds(self) -> None:
@@ -472,9 +481,10 @@ class _Keeper:
         while True:
             number, facts, held, plan, seconds = await self._finished.get()
             validation = None
-            if every and number % every == 0:
+            if every and number % every == 0 and not self._leaving:
                 validation = await self._learner.evaluate()
             self._hub.emit(self._report(number, facts, held, plan, seconds, validation))
+            self._finished.task_done()
             await self._learner.after_round()
 
     def _report(

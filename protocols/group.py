@@ -115,6 +115,11 @@ class GroupMachine:
         return self._here.ready
 
     @property
+    def leaving(self) -> bool:
+        """Whether goodbye was said: nothing new begins."""
+        return self._here.leaving
+
+    @property
     def epoch(self) -> int:
         return self._here.epoch
 
