@@ -9,6 +9,7 @@ the loop.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
@@ -94,6 +95,7 @@ from protocols.records import Signed, read_record, sign
 from protocols.schema import SchemaError
 from protocols.types import Digest, PeerId
 
+SLEEP_S_MAX: Final = 3600.0  # the machine says when it wants to be woken
 REFUSALS_TOLD_MAX: Final = 64  # per peer; a flood of nonsense must not flood the log
 
 
@@ -174,6 +176,7 @@ class Driver:
         self._settled = asyncio.Event()
         self._settled.set()
         self._wake = asyncio.Event()
+        self._sleeps_until_s = math.inf
         self._tasks: asyncio.TaskGroup | None = None
         self._refusals: dict[PeerId, int] = {}
         self._serving_state = asyncio.Semaphore(2)
@@ -193,9 +196,10 @@ class Driver:
             while True:
                 self.feed(Tick())
                 self._wake.clear()
-                wait_s = max(0.0, self.machine.deadline_s - self.clock.monotonic())
+                self._sleeps_until_s = self.machine.deadline_s
+                wait_s = max(0.0, self._sleeps_until_s - self.clock.monotonic())
                 try:
-                    async with asyncio.timeout(min(wait_s, 1.0)):
+                    async with asyncio.timeout(min(wait_s, SLEEP_S_MAX)):
                         await self._wake.wait()
                 except TimeoutError:
                     pass
@@ -211,7 +215,7 @@ class Driver:
         effects = self.machine.handle(event, self.clock.monotonic())
         for effect in effects:
             self._perform(effect)
-        if effects:
+        if effects or self.machine.deadline_s < self._sleeps_until_s:
             self._wake.set()
 
     def refused(self, error: RemoteProtocolError) -> None:

@@ -1,7 +1,11 @@
 """Keeping company: who we are, said to whoever should know; and that we live, to the group.
 
-A hello introduces (record, standing), a heartbeat reminds. Suspects are hailed now and then, for
-they may be back.
+A hello introduces (record, standing), a heartbeat reminds, and both say by when the next word
+follows: every second while it matters who lives, which is from shortly before contributions are due
+until the round is applied and all have agreed, and whenever anything is unsettled; in a long
+training phase an eighth of it, so that rounds of half an hour cost next to nothing. The last slow
+heartbeat is timed to end where the quick ones begin, so the dead are known before they are missed.
+Suspects are hailed now and then, for they may be back.
 """
 
 from __future__ import annotations
@@ -17,6 +21,10 @@ from protocols.schema import SchemaError
 from protocols.standing import Standing
 from protocols.types import Digest, PeerId
 
+LEAD_S: Final = 5.0  # quick heartbeats begin this long before contributions are due
+CALM_S: Final = 5.0  # and end this long after the last step, if digests don't agree sooner
+TRAIN_SHARE: Final = 1 / 8  # of the training phase between slow ones
+HAIL_S: Final = 5.0  # between words to a suspect
 BEATS_MAX: Final = 8 * limits.GROUP_MEMBERS_MAX  # a site label can gather more than a group
 
 
@@ -25,7 +33,9 @@ class Company:
 
     def __init__(self, standing: Standing, now_s: float) -> None:
         self._here = standing
-        self.next_beat_s = now_s
+        self._next_beat_s = now_s
+        self._beat_s = now_s
+        """When the last regular heartbeat went out."""
 
     def hello(self, sender: PeerId, hello: Hello, now_s: float) -> list[Effect]:
         here = self._here
@@ -39,12 +49,13 @@ class Company:
         if record.peer != sender or record.run != here.config.run:
             raise RemoteProtocolError(sender, "shows a record that is not its own")
         here.members.saw(record, now_s)
+        here.members.announced(sender, hello.next_ms, now_s)
         here.members.heard(sender, now_s)
         known = here.members.get(sender)
         if known is not None:
             known.round, known.digest = hello.round, Digest(hello.digest)
             known.ready = hello.ready
-        return self.greet(sender, answer=False) if hello.answer else []
+        return self.greet(sender, now_s, answer=False) if hello.answer else []
 
     def record_seen(self, record: PeerRecord, now_s: float) -> list[Effect]:
         here = self._here
@@ -55,10 +66,10 @@ class Company:
             known is not None and known.suspected and record.issued_ms > known.record.issued_ms
         )
         if here.members.saw(record, now_s) or returned:
-            return self.greet(record.peer, answer=True)
+            return self.greet(record.peer, now_s, answer=True)
         return []
 
-    def record_issued(self, event: RecordIssued) -> list[Effect]:
+    def record_issued(self, event: RecordIssued, now_s: float) -> list[Effect]:
         here = self._here
         before, here.record = here.record, event
         if before is None or before.record.group == event.record.group:
@@ -69,10 +80,10 @@ class Company:
             effect
             for n in known[: 4 * limits.GROUP_MEMBERS_MAX]
             if not n.left and not n.suspected
-            for effect in self.greet(n.record.peer, answer=False)
+            for effect in self.greet(n.record.peer, now_s, answer=False)
         ]
 
-    def greet(self, peer: PeerId, *, answer: bool) -> list[Effect]:
+    def greet(self, peer: PeerId, now_s: float, *, answer: bool) -> list[Effect]:
         here = self._here
         if here.record is None or here.leaving:
             return []
@@ -84,37 +95,84 @@ class Company:
             here.digest,
             here.ready,
             answer,
+            self._next_ms(now_s),
         )
         return [Send(peer, hello)]
 
+    @property
+    def deadline_s(self) -> float:
+        """When `tick` has something to do."""
+        return min(self._next_beat_s, self._here.members.sweep_s + 0.001)
+
     def tick(self, now_s: float) -> list[Effect]:
+        """Heartbeats and suspicions that are due."""
         here = self._here
         effects: list[Effect] = []
-        if now_s >= self.next_beat_s and not here.leaving:
-            self.next_beat_s = now_s + limits.HEARTBEAT_S
+        if now_s >= self._next_beat_s:
+            self._beat_s = now_s
+            self._next_beat_s = now_s + self._pause_s(now_s)
             effects += self.beat(now_s)
-            effects += [
-                Suspected(peer, f"silent for {limits.SUSPECT_AFTER_S:g} s")
-                for peer in here.members.sweep(here.group, now_s)
-            ]
+        elif now_s <= here.members.sweep_s:
+            return effects
+        effects += [
+            Suspected(peer, f"silent for {now_s - heard_s:.1f} s")
+            for peer, heard_s in here.members.sweep(here.group, now_s)
+        ]
         return effects
 
+    def hurry(self, now_s: float) -> None:
+        """Something changed: the next heartbeat may be wanted sooner."""
+        self._next_beat_s = min(self._next_beat_s, self._beat_s + self._pause_s(now_s))
+
+    def undelivered(self, peer: PeerId, now_s: float) -> None:
+        """A word was lost: say it again soon, or a slow rhythm makes us look dead."""
+        known = self._here.members.get(peer)
+        if known is not None and not known.suspected and known.group == self._here.group:
+            self._next_beat_s = min(self._next_beat_s, now_s + limits.HEARTBEAT_S)
+
+    def _next_ms(self, now_s: float) -> int:
+        return int(max(limits.HEARTBEAT_S, self._next_beat_s - now_s) * 1000)
+
+    def _pause_s(self, now_s: float) -> float:
+        """Until the next heartbeat, as things are."""
+        here = self._here
+        current = here.current
+        if not here.ready or here.pending is not None or current is None or not current.training:
+            return limits.HEARTBEAT_S
+        if here.agreed < here.round and now_s - here.moved_s < CALM_S:
+            return limits.HEARTBEAT_S
+        live = here.members.live(here.group, now_s)
+        if not live or any(
+            n.ready and (n.round != here.round or n.digest != here.digest) for n in live
+        ):
+            return limits.HEARTBEAT_S
+        calm_s = current.due_s - LEAD_S - now_s
+        slow_s = min(current.plan.train_ms / 1000 * TRAIN_SHARE, limits.HEARTBEAT_S_MAX)
+        return max(limits.HEARTBEAT_S, min(slow_s, calm_s))
+
     def beat(self, now_s: float) -> list[Effect]:
+        """Tell the group where we stand."""
         here = self._here
         if not here.group:
             return []
         beat = Heartbeat(
-            here.config.run, here.group, here.epoch, here.round, here.digest, here.ready, 0
+            here.config.run,
+            here.group,
+            here.epoch,
+            here.round,
+            here.digest,
+            here.ready,
+            self._next_ms(now_s),
         )
         effects: list[Effect] = []
         for n in here.members.in_group(here.group)[:BEATS_MAX]:
             # Suspects are hailed now and then: they may be back.
-            every_s = 5 * limits.HEARTBEAT_S if n.suspected else 0.0
+            every_s = HAIL_S if n.suspected else 0.0
             if now_s - n.hailed_s < every_s:
                 continue
             n.hailed_s = now_s
             if n.heard_s > 0 and not n.suspected:
                 effects.append(Send(n.record.peer, beat))
             else:
-                effects += self.greet(n.record.peer, answer=True)
+                effects += self.greet(n.record.peer, now_s, answer=True)
         return effects

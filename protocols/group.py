@@ -142,7 +142,7 @@ class GroupMachine:
         here = self._here
         if here.leaving:
             return math.inf
-        times = [self._company.next_beat_s]
+        times = [self._company.deadline_s]
         if here.current is not None:
             times.append(here.current.deadline_s(here.suspected()))
         if here.previous is not None:
@@ -170,6 +170,7 @@ class GroupMachine:
         effects = self._dispatch(event, now_s)
         if not here.leaving and not self._idle:
             effects += self._advance(now_s)
+            self._company.hurry(now_s)
         return effects
 
     def _dispatch(self, event: Event, now_s: float) -> list[Effect]:
@@ -185,10 +186,11 @@ class GroupMachine:
             case Undelivered(peer, reason):
                 if here.members.undelivered(peer):
                     return [Suspected(peer, reason)]
+                self._company.undelivered(peer, now_s)
             case RecordSeen(record):
                 return self._company.record_seen(record, now_s)
             case RecordIssued():
-                return self._company.record_issued(event)
+                return self._company.record_issued(event, now_s)
             case StateReady(number, digest):
                 return self._state_ready(number, digest, now_s)
             case StateFailed(donor, _):
@@ -256,7 +258,7 @@ class GroupMachine:
                 self._idle = not here.members.heartbeat(sender, message, now_s) and not unknown
                 if message.group == here.group and not unknown:
                     here.heard_of_epoch(message.epoch)
-                return self._company.greet(sender, answer=True) if unknown else []
+                return self._company.greet(sender, now_s, answer=True) if unknown else []
             case PlanIssued(signed):
                 return self._following.plan_issued(sender, signed, now_s)
             case PlanRefused():

@@ -30,7 +30,6 @@ class Healing:
         self._fetch: Attempt | None = None
         self._bad_donors: dict[PeerId, tuple[float, float]] = {}
         """Donor -> (until when it is avoided, for how long the next time)."""
-        self._agreed = -1
         self._apart_since_s: float | None = None
 
     @property
@@ -119,8 +118,8 @@ class Healing:
             peers = tuple(sorted([here.me, *(n.record.peer for n in same_round)]))
             latest = here.previous
             expected = len(latest.plan.peers) if latest is not None else len(peers)
-            if self._agreed < here.round and len(peers) >= expected:
-                self._agreed = here.round
+            if here.agreed < here.round and len(peers) >= expected:
+                here.agreed = here.round
                 return [Agreed(here.round, here.digest, peers)]
             return []
         if behind and now_s - here.applied_s < limits.DIGEST_WAIT_S:

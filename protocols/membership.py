@@ -1,13 +1,15 @@
 """Who is there: records, liveness and where everybody stands.
 
-Records come from the DHT and from handshakes; life comes from heartbeats, which group members send
-each other every second. Whoever is silent for `SUSPECT_AFTER_S`, or twice in a row can't be
-reached, is *suspected*: rounds go on without it, and one word from it clears the suspicion. The
-table is bounded; peers that we never hailed, and were heard longest ago, go first.
+Records come from the DHT and from handshakes; life comes from heartbeats, each of which says by
+when the next one follows: within a second while it matters, later in a long training phase. Whoever
+is silent beyond that, or twice in a row can't be reached, is *suspected*: rounds go on without it,
+and one word from it clears the suspicion. The table is bounded; peers that we never hailed, and
+were heard longest ago, go first.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final
 
@@ -30,6 +32,8 @@ class Neighbour:
     """Where it stands by its latest word, which may be newer than its record."""
     heard_s: float = float("-inf")
     """When it last said anything itself."""
+    next_s: float = float("-inf")
+    """By when its next word is due, as it said itself."""
     hailed_s: float = float("-inf")
     """When we last said hello or sent a heartbeat."""
     failures: int = 0
@@ -41,6 +45,12 @@ class Neighbour:
     epoch: int = 0
     rtt_s: float | None = None
 
+    @property
+    def silent_after_s(self) -> float:
+        """Heard of nothing by then, it is suspected."""
+        due_s = max(self.heard_s + limits.HEARTBEAT_S, self.next_s)
+        return due_s + limits.SUSPECT_AFTER_S - limits.HEARTBEAT_S
+
 
 class Membership:
     """The table of neighbours. All times are the machine's clock."""
@@ -50,6 +60,8 @@ class Membership:
         self._table: dict[PeerId, Neighbour] = {}
         self._swept_s = float("-inf")
         self._groups: dict[GroupName, dict[PeerId, Neighbour]] = {}
+        self.sweep_s = math.inf
+        """Nobody is suspected of silence before then."""
 
     def get(self, peer: PeerId) -> Neighbour | None:
         return self._table.get(peer)
@@ -96,9 +108,16 @@ class Membership:
         known = self._table.get(peer)
         if known is not None:
             known.heard_s = now_s
+            self.sweep_s = min(self.sweep_s, known.silent_after_s)
             known.failures = 0
             known.suspected = False
             known.left = False
+
+    def announced(self, peer: PeerId, next_ms: int, now_s: float) -> None:
+        """`peer` says by when we hear from it again; never later than any peer may."""
+        known = self._table.get(peer)
+        if known is not None:
+            known.next_s = now_s + min(next_ms / 1000, limits.HEARTBEAT_S_MAX)
 
     def heartbeat(self, peer: PeerId, beat: Heartbeat, now_s: float) -> bool:
         """Note where `peer` stands; False if that is nothing new."""
@@ -107,6 +126,7 @@ class Membership:
             return False
         before = (known.group, known.round, known.digest, known.ready, known.epoch)
         back = known.suspected or known.left or known.heard_s < 0
+        self.announced(peer, beat.next_ms, now_s)
         self.heard(peer, now_s)
         known.round, known.digest = beat.round, Digest(beat.digest)
         known.ready, known.epoch = beat.ready, beat.epoch
@@ -139,20 +159,25 @@ class Membership:
         if known is not None:
             known.suspected = known.left = True
 
-    def sweep(self, group: GroupName, now_s: float) -> list[PeerId]:
-        """Suspect the silent and forget the lost; the newly suspected of `group`."""
+    def sweep(self, group: GroupName, now_s: float) -> list[tuple[PeerId, float]]:
+        """Suspect the silent and forget the lost; the newly suspected of `group`, and when
+        they were last heard."""
         if now_s - self._swept_s > limits.SUSPECT_AFTER_S:
             self._swept_s = now_s
             keep_s = limits.FORGET_AFTER_S + limits.RECORD_TTL_S
             lost = [p for p, n in self._table.items() if now_s - max(n.heard_s, n.seen_s) > keep_s]
             for peer in lost:
                 self._forget(peer)
-        fresh: list[PeerId] = []
+        fresh: list[tuple[PeerId, float]] = []
+        self.sweep_s = math.inf
         for peer, known in self._groups.get(group, {}).items():
-            silent = now_s - known.heard_s > limits.SUSPECT_AFTER_S
-            if known.heard_s > 0 and silent and not known.suspected:
-                fresh.append(peer)
+            if known.heard_s <= 0 or known.suspected:
+                continue
+            if now_s > known.silent_after_s:
+                fresh.append((peer, known.heard_s))
                 known.suspected = True
+            else:
+                self.sweep_s = min(self.sweep_s, known.silent_after_s)
         return fresh
 
     def in_group(self, group: GroupName) -> list[Neighbour]:
@@ -164,11 +189,7 @@ class Membership:
 
     def live(self, group: GroupName, now_s: float) -> list[Neighbour]:
         """Members of `group` that were heard lately and are not suspected."""
-        return [
-            n
-            for n in self.in_group(group)
-            if not n.suspected and now_s - n.heard_s <= limits.SUSPECT_AFTER_S
-        ]
+        return [n for n in self.in_group(group) if not n.suspected and now_s <= n.silent_after_s]
 
 
 def seat_of(record: PeerRecord) -> Seat:

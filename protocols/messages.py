@@ -28,6 +28,7 @@ T = TypeVar("T")
 Counter = Annotated[int, Max(2**48)]
 Unit = Annotated[int, Max(limits.UNITS_MAX)]
 SpanIndex = Annotated[int, Max(limits.AGGREGATORS_MAX)]
+Pause = Annotated[int, Max(int(limits.HEARTBEAT_S_MAX * 1000))]
 WEIGHT_MAX: Final = 1e15  # sums of weights stay exact in a float64, and far from infinity
 
 PLAN_DOMAIN: Final = "plan"
@@ -138,6 +139,8 @@ class Hello:
     """Whether it holds the run's state (a donor); a fresh joiner does not."""
     answer: bool
     """Whether a Hello is wanted back."""
+    next_ms: Pause
+    """The sender's next word to its group follows within this time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +153,8 @@ class Heartbeat:
     round: Counter
     digest: DigestField
     ready: bool
-    clock_ms: Counter
+    next_ms: Pause
+    """The sender's next word to its group follows within this time."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,5 +65,5 @@ class Moving:
         effects: list[Effect] = []
         for n in sorted(others, key=lambda n: n.hailed_s)[:SOUND_OUT_MAX]:
             n.hailed_s = now_s
-            effects += self._company.greet(n.record.peer, answer=False)
+            effects += self._company.greet(n.record.peer, now_s, answer=False)
         return effects

@@ -78,6 +78,8 @@ class Standing:
         """When we last got a step further: a plan, an outcome, a state."""
         self.newcomer = True
         """Others know the plan in force and we don't, so one of them should coordinate."""
+        self.agreed = -1
+        """The latest round at whose start everybody's digest was the same."""
         self._benched: dict[PeerId, float] = {}
         """Alive but useless, and until when they are passed over."""
 

@@ -54,7 +54,7 @@ from tests.sim.world import signer as world_signer
 
 FOREIGN_RUN = RunId("cd" * 32)
 HERE, THERE = group_name("a"), group_name("b")
-LIVENESS = {"heard_s", "hailed_s", "failures", "suspected", "left"}
+LIVENESS = {"heard_s", "next_s", "sweep_s", "hailed_s", "failures", "suspected", "left"}
 """Whoever speaks lives, also when it speaks nonsense."""
 
 
@@ -146,7 +146,7 @@ def record_of(signer: Signer, **changes: Any) -> PeerRecord:
 
 
 def hello(record: bytes, **changes: Any) -> Hello:
-    plain = Hello(limits.PROTOCOL_VERSION, RUN, record, 5, b"", True, True)
+    plain = Hello(limits.PROTOCOL_VERSION, RUN, record, 5, b"", True, True, 0)
     return dataclasses.replace(plain, **changes)
 
 

@@ -56,7 +56,7 @@ def test_silence_is_suspected_and_one_word_clears_it(table: Membership) -> None:
     assert table.sweep(GROUP, in_time_s) == []
     assert live(table, in_time_s) == [peer(1)]
     assert live(table, in_time_s + 0.01) == []
-    assert table.sweep(GROUP, in_time_s + 0.01) == [peer(1)]
+    assert table.sweep(GROUP, in_time_s + 0.01) == [(peer(1), 100.0)]
     assert table.sweep(GROUP, in_time_s + 1.0) == [], "suspected once is enough"
     table.heard(peer(1), in_time_s + 2.0)
     assert live(table, in_time_s + 2.1) == [peer(1)]

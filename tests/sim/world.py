@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import itertools
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -101,6 +102,8 @@ class Peer:
     site: str
     machine: GroupMachine
     incarnation: int = 0
+    wakes_s: float = math.inf
+    """When its machine is ticked next."""
     alive: bool = True
     frozen: bool = False
     speed_s: float = 0.05
@@ -146,6 +149,9 @@ class World:
         self.exchange_s = exchange_s
         self.peers: dict[PeerId, Peer] = {}
         self.cut: set[frozenset[PeerId]] = set()
+        self._arrived_s: dict[tuple[PeerId, PeerId], float] = {}
+        self.sent: dict[PeerId, int] = {}
+        """Control messages that each peer got through."""
         self.applied: dict[tuple[PeerId, int], list[Applying]] = {}
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
@@ -169,7 +175,7 @@ class World:
         self._issue_record(peer)
         if not fresh:
             self._feed(peer, StateReady(0, peer.digest))
-        self._every(peer, peer.incarnation)
+        self._every(peer)
         self._discover(peer, peer.incarnation)
         return peer
 
@@ -184,6 +190,7 @@ class World:
             inbox, peer.inbox = peer.inbox, []
             for event in inbox:
                 self._feed(peer, event)
+            self._feed(peer, Tick())
 
         self.after(seconds, thaw)
 
@@ -218,21 +225,24 @@ class World:
         return [p for p in self.peers.values() if p.alive]
 
     # ── the driver's work, symbolically ──────────────────────────────────────────────────
-    def _every(self, peer: Peer, incarnation: int) -> None:
-        """Tick the machine whenever its deadline comes."""
+    def _every(self, peer: Peer) -> None:
+        """Tick the machine whenever its deadline comes, and only then."""
+        wakes_s = max(peer.machine.deadline_s, self.now_s + 0.005)
+        if wakes_s >= peer.wakes_s:
+            return
+        peer.wakes_s = wakes_s
 
         def tick() -> None:
-            if not peer.alive or peer.incarnation != incarnation:
-                return
+            if not peer.alive or self.peers.get(peer.id) is not peer or peer.wakes_s != wakes_s:
+                return  # something that came later asked for an earlier time
+            peer.wakes_s = math.inf
             if not peer.frozen:
                 self._feed(peer, Tick())
                 assert peer.machine.deadline_s > self.now_s, (
                     f"seed {self.seed}: a deadline that does not move would spin the driver"
                 )
-            wait_s = max(peer.machine.deadline_s - self.now_s, 0.005)
-            self.after(min(wait_s, 0.25), tick)
 
-        self.after(self.rng.uniform(0, 0.1), tick)
+        self.after(wakes_s - self.now_s, tick)
 
     def _discover(self, peer: Peer, incarnation: int) -> None:
         """Read everybody's records, as from the DHT."""
@@ -268,6 +278,7 @@ class World:
             return
         for effect in effects:
             self._perform(peer, effect)
+        self._every(peer)
 
     def _reaches(self, a: Peer, b: Peer) -> bool:
         return b.alive and frozenset((a.id, b.id)) not in self.cut
@@ -325,8 +336,13 @@ class World:
         if other is None or not self._reaches(peer, other):
             self._later(peer, delay_s, Undelivered(to, "unreachable"))
             return
+        self.sent[peer.id] = self.sent.get(peer.id, 0) + 1
         data = encode(message)
         assert len(data) <= limits.CONTROL_BYTES_MAX
+        # One message after another, as the driver sends them: none overtakes an earlier one.
+        arrives_s = max(self.now_s + delay_s, self._arrived_s.get((peer.id, to), 0.0))
+        self._arrived_s[peer.id, to] = arrives_s
+        delay_s = arrives_s - self.now_s
         self._later(other, delay_s, Received(peer.id, decode(data, peer.id)))
         if other.frozen:
             self._later(peer, limits.CALL_TIMEOUT_S, Undelivered(to, "no answer"))
