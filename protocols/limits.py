@@ -40,6 +40,17 @@ ASSET_BYTES_MAX: Final = 64 * 2**30
 ASSETS_MAX: Final = 256
 OUTCOME_ROUNDS_KEPT: Final = 8  # a peer that missed a few rounds catches up by outcomes alone
 
+# ── the ledger of blocks ─────────────────────────────────────────────────────────────────
+REPORT_RANGES_MAX: Final = 64  # 3 lists x 16 members x 64 ranges x 11 bytes: 34 KiB, one message
+REPORT_BLOCKS_MAX: Final = 2**16  # a card does a few thousand blocks in an hour's round
+LEASE_BLOCKS_MAX: Final = 4096  # held at once by one member: what it does in a round or two
+LEASE_ROUNDS: Final = 8  # whose work was in no outcome for so long has gone (OUTCOME_ROUNDS_KEPT)
+LEDGER_HOLDERS_MAX: Final = 64  # a full group, and those who have gone but may come back
+LEDGER_RANGES_MAX: Final = 2**15  # 360 KiB on the wire; one group of 16 has a few hundred
+LEDGER_COVER_UNITS_MAX: Final = 2**18  # larger layouts count only what is inside in one go
+LEDGER_BYTES_MAX: Final = 4 * 2**20  # the ranges, and a bit per unit and holder
+LEDGER_WINDOW_BLOCKS_MIN: Final = 2**14  # small data: some hundred rounds' worth all the same
+
 # ── time ─────────────────────────────────────────────────────────────────────────────────
 CALL_TIMEOUT_S: Final = 5.0  # a unary call; the far side is gone or frozen
 PROGRESS_TIMEOUT_S: Final = 5.0  # a stream on which nothing moved

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Annotated, Final, TypeVar
 
 from protocols import limits
+from protocols.blocks import NO_BLOCKS, BlockReport
 from protocols.errors import RemoteProtocolError
 from protocols.identity import verify
 from protocols.records import (
@@ -90,6 +91,8 @@ class Contributor:
     weight: float
     mask: Annotated[bytes, Max(limits.SPAN_MASK_BYTES_MAX)]
     """Bit i (least significant first) = unit start+i is inside; empty = all of them."""
+    blocks: BlockReport = NO_BLOCKS
+    """What it said of its blocks, the same in all spans."""
 
     def covers(self, offset: int) -> bool:
         return not self.mask or bool(self.mask[offset // 8] >> (offset % 8) & 1)
@@ -210,6 +213,8 @@ class ContributionHeader:
     start: Unit
     stop: Unit
     weight: float
+    blocks: BlockReport = NO_BLOCKS
+    """Which blocks of the data are behind it."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.weight <= WEIGHT_MAX:

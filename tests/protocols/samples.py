@@ -10,6 +10,7 @@ from functools import cache
 from typing import Annotated, Any, Union
 
 from protocols import messages, schema
+from protocols.blocks import BlockRange, BlockReport
 from protocols.identity import Signer
 from protocols.messages import Contributor, OutcomeHeader, Seat
 from protocols.records import PeerRecord
@@ -48,6 +49,8 @@ def sample(hint: Any, rng: random.Random) -> Any:
     """A random value that fits `hint`, its bounds included."""
     if hint is OutcomeHeader:
         return _outcome_header(rng)
+    if hint is BlockReport:
+        return _block_report(rng)
     bound: Max | Exactly | None = None
     while typing.get_origin(hint) is Annotated or hasattr(hint, "__supertype__"):
         if hasattr(hint, "__supertype__"):
@@ -88,7 +91,10 @@ def _outcome_header(rng: random.Random) -> OutcomeHeader:
     units = rng.randint(1, 100)
     contributors = tuple(
         Contributor(
-            peer(i), rng.uniform(1e-9, 1e9), rng.choice([b"", rng.randbytes((units + 7) // 8)])
+            peer(i),
+            rng.uniform(1e-9, 1e9),
+            rng.choice([b"", rng.randbytes((units + 7) // 8)]),
+            _block_report(rng),
         )
         for i in range(rng.randint(0, 4))
     )
@@ -96,3 +102,12 @@ def _outcome_header(rng: random.Random) -> OutcomeHeader:
         RUN, GROUP, rng.randint(0, 2**48), rng.randint(0, 2**48), rng.randint(0, 16), start,
         start + units, contributors, rng.randbytes(32), rng.randint(0, 2**48), rng.uniform(0, 60),
     )  # fmt: skip
+
+
+def _block_report(rng: random.Random) -> BlockReport:
+    def ranges() -> tuple[BlockRange, ...]:
+        edges = sorted(rng.sample(range(10_000), 2 * rng.choice([0, 0, 1, 5, 64])))
+        return tuple(BlockRange(*edges[i : i + 2]) for i in range(0, len(edges), 2))
+
+    left = tuple(peer(i) for i in range(rng.randint(0, 3)))
+    return BlockReport(ranges(), ranges(), ranges(), rng.random() < 0.5, left)
