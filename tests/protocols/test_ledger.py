@@ -256,7 +256,7 @@ def test_a_report_beyond_its_bounds_is_the_senders_fault() -> None:
     many = tuple(BlockRange(2 * i, 2 * i + 1) for i in range(limits.REPORT_RANGES_MAX + 1))
     fine = encode(header(BlockReport(trained=many[:-1], held=many[:-1])))
     assert isinstance(decode_header(fine, PeerId("x")), ContributionHeader)
-    with pytest.raises(RemoteProtocolError, match=r"x.*trained: 65 items") as caught:
+    with pytest.raises(RemoteProtocolError, match="65") as caught:
         decode_header(encode(header(BlockReport(trained=many))), PeerId("x"))
     assert caught.value.peer == "x"
     for bad in (
