@@ -28,9 +28,10 @@ from peer.exchange import (
 )
 from peer.net.transport import Stream, Transport, TransportError
 from peer.observe import events as ev
-from peer.train.method import ArrayMap, Contribution
-from peer.transfer import TensorNote, fetch_state, serve_state
+from peer.train.method import Contribution
+from peer.transfer import Snapshot, TensorNote, fetch_state, serve_state
 from protocols import limits
+from protocols.blocks import NO_BLOCKS, BlockReport
 from protocols.errors import RemoteProtocolError
 from protocols.events import (
     Agreed,
@@ -72,6 +73,7 @@ from protocols.events import (
 )
 from protocols.group import GroupMachine
 from protocols.identity import Signer
+from protocols.ledger import Counted
 from protocols.messages import (
     OUTCOME_DOMAIN,
     PLAN_DOMAIN,
@@ -107,6 +109,8 @@ class Taken:
     loss: float
     steps: int
     blocks: list[tuple[int, int]]
+    report: BlockReport = NO_BLOCKS
+    """What the others are told of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +120,8 @@ class AppliedFacts:
     digest: Digest
     included: float
     """Share of the units whose mean contains this peer's contribution."""
+    counted: Counted | None = None
+    """What the group's ledger of blocks makes of it; None where nobody keeps one."""
 
 
 class Learner(Protocol):
@@ -135,9 +141,9 @@ class Learner(Protocol):
     ) -> AppliedFacts | None:
         """Apply a round; None if the state has moved on meanwhile."""
 
-    async def snapshot(self) -> tuple[int, Digest, ArrayMap]: ...
+    async def snapshot(self) -> Snapshot: ...
 
-    async def load(self, number: int, digest: Digest, arrays: ArrayMap, step_back: bool) -> bool:
+    async def load(self, state: Snapshot, step_back: bool) -> bool:
         """Take a donor's state; False if it is not what its digest says, or older than ours
         without leave to `step_back`."""
 
@@ -369,7 +375,7 @@ class Driver:
     # ── this peer's part of a round ──────────────────────────────────────────────────────
     async def _take(self, number: int) -> None:
         taken = await self.learner.take(number)
-        self.exchange.offer(number, taken.contribution)
+        self.exchange.offer(number, taken.contribution, taken.report)
         self._sent = {number: taken}
         self.emit(
             ev.ContributionSent(
@@ -477,7 +483,7 @@ class Driver:
             self.refused(error)
             self.feed(StateFailed(donor, error.reason))
             return
-        if not await self.learner.load(state.round, state.digest, state.arrays, step_back):
+        if not await self.learner.load(state, step_back):
             self.feed(StateFailed(donor, "its state is older than ours, or not what it says"))
             return
         self.emit(
@@ -566,6 +572,6 @@ class Driver:
             await refuse(stream, LATER, "busy with other newcomers")
             return
         async with self._serving_state:
-            number, digest, arrays = await self.learner.snapshot()
-            sent = await serve_state(stream, number, digest, arrays)
-        self.emit(ev.StateServed(stream.peer, number, sent))
+            state = await self.learner.snapshot()
+            sent = await serve_state(stream, state)
+        self.emit(ev.StateServed(stream.peer, state.round, sent))

@@ -25,6 +25,7 @@ from peer.clock import SYSTEM, Clock
 from peer.net.transport import Stream, Transport, TransportError
 from peer.train.method import Contribution, Reducer
 from protocols import limits
+from protocols.blocks import NO_BLOCKS, BlockReport
 from protocols.errors import RemoteProtocolError
 from protocols.identity import Signer
 from protocols.messages import (
@@ -93,6 +94,7 @@ class _OpenSpan:
 
     opened_s: float
     weights: dict[PeerId, float] = field(default_factory=dict)
+    blocks: dict[PeerId, BlockReport] = field(default_factory=dict)
     parts: dict[PeerId, dict[int, bytes]] = field(default_factory=dict)
     closed: bool = False
 
@@ -135,6 +137,7 @@ class Exchange:
         """Measured on the contributions that we sent, the latest counting half."""
         self._codec = ThreadPoolExecutor(1, thread_name_prefix="codec")
         self._own: tuple[int, Contribution] | None = None
+        self._own_blocks = NO_BLOCKS
         self._spans: dict[tuple[int, int, int], _OpenSpan] = {}
         self._outcomes: dict[int, list[Outcome]] = {}
         """round -> what is held of it, the latest last. Several of one span may be held while a
@@ -147,9 +150,12 @@ class Exchange:
         return await asyncio.get_running_loop().run_in_executor(self._codec, fn)
 
     # ── contributions, outgoing ──────────────────────────────────────────────────────────
-    def offer(self, number: int, contribution: Contribution) -> None:
+    def offer(
+        self, number: int, contribution: Contribution, blocks: BlockReport = NO_BLOCKS
+    ) -> None:
         """This round's frozen work; kept until the next, as an aggregator may die."""
         self._own = (number, contribution)
+        self._own_blocks = blocks
 
     async def send_contribution(self, plan: Plan, index: int, to: PeerId) -> bool:
         """Stream our units of a span to its aggregator; whether all of it is inside.
@@ -173,6 +179,7 @@ class Exchange:
             span.start,
             span.stop,
             float(contribution.weight),
+            self._own_blocks,
         )
         stream = await self._transport.open(to, limits.CONNECT_TIMEOUT_S)
         try:
@@ -239,7 +246,7 @@ class Exchange:
             payloads = await self._compute(
                 lambda a=start, b=stop: contribution.encode(a, b)  # type: ignore[misc]
             )
-            self._keep(state, me, contribution.weight, enumerate(payloads, start))
+            self._keep(state, me, contribution.weight, self._own_blocks, enumerate(payloads, start))
         return True
 
     # ── contributions, incoming ──────────────────────────────────────────────────────────
@@ -270,7 +277,7 @@ class Exchange:
                 batch += units
             if batch and (done or len(batch) >= BATCH_UNITS):
                 await self._check(stream.peer, batch)
-                self._keep(state, stream.peer, header.weight, batch)
+                self._keep(state, stream.peer, header.weight, header.blocks, batch)
                 batch = []
         whole = len(state.parts.get(stream.peer, ())) == header.stop - header.start
         if not whole and not state.closed:
@@ -294,12 +301,14 @@ class Exchange:
             raise RemoteProtocolError(sender, f"unit {fault[0]}: {fault[1]}")
 
     def _keep(
-        self, state: _OpenSpan, sender: PeerId, weight: float, batch: Iterable[tuple[int, bytes]]
-    ) -> None:
+        self, state: _OpenSpan, sender: PeerId, weight: float, blocks: BlockReport,
+        batch: Iterable[tuple[int, bytes]],
+    ) -> None:  # fmt: skip
         """What is kept already, from an earlier try, stays; so does the weight it came with."""
         if state.closed:
             return
         state.weights.setdefault(sender, weight)
+        state.blocks.setdefault(sender, blocks)
         kept = state.parts.setdefault(sender, {})
         for unit, payload in batch:
             kept.setdefault(unit, payload)
@@ -550,7 +559,7 @@ def _contributors(state: _OpenSpan, start: int, stop: int) -> tuple[Contributor,
             for unit in units:
                 inside[(unit - start) // 8] |= 1 << ((unit - start) % 8)
             mask = bytes(inside)
-        found.append(Contributor(peer, state.weights[peer], mask))
+        found.append(Contributor(peer, state.weights[peer], mask, state.blocks[peer]))
     return tuple(found)
 
 

@@ -26,7 +26,7 @@ from peer.observe import events as ev
 from peer.train.method import ArrayMap, DataSource, Method
 from peer.train.stream import BlockStream
 from peer.train.trainer import Stats, Trainer
-from peer.transfer import TensorNote, describe
+from peer.transfer import Snapshot, TensorNote, describe
 from protocols.messages import Counter, Plan
 from protocols.records import GroupField
 from protocols.schema import pack
@@ -233,22 +233,24 @@ class TrainerLearner:
         return await self._trainer.run(look)
 
     # ── states ───────────────────────────────────────────────────────────────────────────
-    async def snapshot(self) -> tuple[int, Digest, ArrayMap]:
-        return await self._trainer.run(lambda method: (self.round, self.digest, method.state()))
+    async def snapshot(self) -> Snapshot:
+        return await self._trainer.run(
+            lambda method: Snapshot(self.round, self.digest, method.state())
+        )
 
-    async def load(self, number: int, digest: Digest, arrays: ArrayMap, step_back: bool) -> bool:
+    async def load(self, state: Snapshot, step_back: bool) -> bool:
         def replace(method: Method) -> bool:
-            if number < self.round and not step_back:
+            if state.round < self.round and not step_back:
                 return False
             before = method.state()
             try:
-                method.load_state(arrays)
+                method.load_state(state.arrays)
             except ValueError:
                 return False
-            if method.digest() != digest:
+            if method.digest() != state.digest:
                 method.load_state(before)
                 return False
-            self.round, self.digest = number, digest
+            self.round, self.digest = state.round, state.digest
             return True
 
         if not await self._trainer.run(replace):

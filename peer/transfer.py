@@ -31,7 +31,7 @@ from protocols.schema import Max, SchemaError, pack, unpack
 from protocols.types import Digest, PeerId, RunId
 
 PIECE_BYTES: Final = 1 << 20
-DESCRIPTION_BYTES_MAX: Final = 1 << 20
+DESCRIPTION_BYTES_MAX: Final = (1 << 20) + limits.LEDGER_BYTES_MAX
 TENSORS_MAX: Final = 65536
 
 
@@ -49,14 +49,22 @@ class StateNote:
     round: Counter
     digest: DigestField
     tensors: Annotated[tuple[TensorNote, ...], Max(TENSORS_MAX)]
+    ledger: Annotated[bytes, Max(limits.LEDGER_BYTES_MAX)]
+    """The group's account of its blocks at that round (`protocols.ledger_state`); may be none."""
 
 
 @dataclass(frozen=True, slots=True)
-class FetchedState:
+class Snapshot:
+    """The outer state after `round` rounds, and what the group knows beside it at that round."""
+
     round: int
     digest: Digest
     arrays: ArrayMap
-    bytes: int
+    ledger: bytes = b""
+
+    @property
+    def bytes(self) -> int:
+        return sum(array.nbytes for array in self.arrays.values())
 
 
 def describe(arrays: Mapping[str, npt.NDArray[Any]]) -> tuple[TensorNote, ...]:
@@ -66,9 +74,10 @@ def describe(arrays: Mapping[str, npt.NDArray[Any]]) -> tuple[TensorNote, ...]:
     )
 
 
-async def serve_state(stream: Stream, number: int, digest: Digest, arrays: ArrayMap) -> int:
+async def serve_state(stream: Stream, state: Snapshot) -> int:
     """Send a snapshot; how many bytes it was."""
-    note = StateNote(number, digest, describe(arrays))
+    arrays = state.arrays
+    note = StateNote(state.round, state.digest, describe(arrays), state.ledger)
     await stream.send(REPLY, bytes([YES]) + pack(note))
     sent = 0
     for tensor in note.tensors:
@@ -83,7 +92,7 @@ async def serve_state(stream: Stream, number: int, digest: Digest, arrays: Array
 
 async def fetch_state(
     transport: Transport, donor: PeerId, run: RunId, expected: tuple[TensorNote, ...]
-) -> FetchedState:
+) -> Snapshot:
     """Download the outer state.
 
     `expected`: this peer's own layout; anything else is refused before memory is taken.
@@ -101,15 +110,13 @@ async def fetch_state(
         if note.tensors != expected:
             raise RemoteProtocolError(donor, "its state has other tensors than this run's")
         arrays: ArrayMap = {}
-        size = 0
         for tensor in note.tensors:
             array = np.empty(tensor.shape, dtype=np.dtype(tensor.dtype))
             await _fill(stream, _raw(array))
             arrays[tensor.name] = array
-            size += array.nbytes
         if await stream.receive(0) is not None:
             raise RemoteProtocolError(donor, "its state goes on after its end")
-        return FetchedState(note.round, Digest(note.digest), arrays, size)
+        return Snapshot(note.round, Digest(note.digest), arrays, note.ledger)
     finally:
         await stream.close()
 

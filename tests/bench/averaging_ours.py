@@ -25,9 +25,8 @@ from peer.exchange import NO, Exchange, Outcome, refuse
 from peer.net.network import open_libp2p
 from peer.net.transport import Stream
 from peer.observe import events as ev
-from peer.train.method import ArrayMap
 from peer.train.pretrain import MeanReducer
-from peer.transfer import TensorNote
+from peer.transfer import Snapshot, TensorNote
 from protocols import limits
 from protocols.events import RecordIssued, RecordSeen, StateReady
 from protocols.group import GroupConfig, GroupMachine
@@ -109,11 +108,11 @@ class _Vector:
             values = slice(first * CHUNK_VALUES, (first + len(units)) * CHUNK_VALUES)
             self.codec.decode_many(units, self.mean[values])
 
-    async def snapshot(self) -> tuple[int, Digest, ArrayMap]:
-        return self.round, self.digest, {}
+    async def snapshot(self) -> Snapshot:
+        return Snapshot(self.round, self.digest, {})
 
-    async def load(self, number: int, digest: Digest, arrays: ArrayMap, step_back: bool) -> bool:
-        self.round, self.digest = number, digest
+    async def load(self, state: Snapshot, step_back: bool) -> bool:
+        self.round, self.digest = state.round, state.digest
         return True
 
 
