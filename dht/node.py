@@ -23,7 +23,8 @@ from hivemind.dht.routing import DHTID
 from hivemind.p2p import PeerID
 from hivemind.proto import dht_pb2
 
-from dht.directory import RunNotice
+from dht.directory import GroupNotice, RunNotice
+from dht.index import Index, latest
 from dht.rules import (
     NOTICE_TTL_S,
     RUNS_KEY,
@@ -32,9 +33,9 @@ from dht.rules import (
     count_runs,
     is_current,
     is_manifest_of,
+    key_id,
     manifest_key,
     members_key,
-    shard_of,
     sign_run_entry,
 )
 from dht.validator import BoundedStorage, Validator, guard
@@ -74,7 +75,8 @@ class HivemindDirectory:
         self._rules = Rules()
         self._node: Any = None
         self._storage: BoundedStorage | None = None
-        self._records: dict[RunId, bytes] = {}
+        self._index = Index(self._read)
+        self._records: dict[RunId, tuple[bytes, bool]] = {}
         self._manifests: dict[RunId, tuple[bytes, str]] = {}
         self._offsets_s: dict[PeerId, float] = {}
         self._keeper: asyncio.Task[None] | None = None
@@ -98,33 +100,25 @@ class HivemindDirectory:
     def size(self) -> int:
         return len(self._node.protocol.routing_table.uid_to_peer_id)
 
-    async def publish_record(self, signed: bytes) -> bool:
+    async def publish_record(self, signed: bytes, *, contact: bool = True) -> bool:
         try:
             record = self._rules.record(signed)
         except SchemaError:
             return False
         self._records.pop(record.run, None)
-        self._records[record.run] = signed
+        self._records[record.run] = (signed, contact)
         while len(self._records) > OWN_ENTRIES_MAX:
             del self._records[next(iter(self._records))]
-        return await self._store_record(record, signed)
+        return await self._store_record(record, signed, contact)
 
     async def members(self, run: RunId) -> list[PeerRecord]:
-        keys = [members_key(run, shard) for shard in range(limits.MEMBER_SHARDS)]
-        now_s = time.time()
-        latest: dict[PeerId, PeerRecord] = {}
-        for found in await self._get(keys, latest=True):
-            for _, value in _entries(found):
-                try:
-                    record = self._rules.record(value)
-                except SchemaError:
-                    continue  # stored here by an older version of ourselves
-                known = latest.get(record.peer)
-                if record.run != run or not is_current(record, now_s):
-                    continue
-                if known is None or known.issued_ms < record.issued_ms:
-                    latest[record.peer] = record
-        return list(latest.values())
+        return await self._index.some(run)
+
+    async def nearby(self, mine: PeerRecord) -> list[PeerRecord]:
+        return await self._index.nearby(mine)
+
+    async def random_groups(self, run: RunId, count: int) -> list[GroupNotice]:
+        return await self._index.random_groups(run, count)
 
     async def publish_manifest(self, run: RunId, manifest: bytes, name: str) -> bool:
         if not is_manifest_of(run, manifest) or len(name) > limits.NAME_CHARS_MAX:
@@ -133,20 +127,23 @@ class HivemindDirectory:
         self._manifests[run] = (manifest, name)
         while len(self._manifests) > OWN_ENTRIES_MAX:
             del self._manifests[next(iter(self._manifests))]
+        if not self._index.announces(run, self._signer.peer_id):
+            return True
         return await self._store_manifest(run, manifest, name)
 
     async def manifest(self, run: RunId) -> bytes | None:
         if run in self._manifests:
             return self._manifests[run][0]
         for found in await self._get([manifest_key(run)], latest=False):
-            if isinstance(found.value, bytes) and is_manifest_of(run, found.value):
-                return found.value
+            data = found.value if found is not None else None
+            if isinstance(data, bytes) and is_manifest_of(run, data):
+                return data
         return None
 
     async def runs(self) -> list[RunNotice]:
         announced: list[tuple[RunId, str]] = []
         for found in await self._get([RUNS_KEY], latest=True):
-            for _, value in _entries(found):
+            for value in _entries(found):
                 with contextlib.suppress(SchemaError):
                     _, entry = self._rules.run_entry(value)
                     announced.append((entry.run, entry.name))
@@ -186,15 +183,31 @@ class HivemindDirectory:
 
     # ── asking and storing ───────────────────────────────────────────────────────────────
 
+    async def _read(self, run: RunId, cells: list[str]) -> list[list[PeerRecord]]:
+        """The valid records in each cell."""
+        now_s = time.time()
+        keys = [members_key(run, cell) for cell in cells]
+        read: list[list[PeerRecord]] = []
+        for key, found in zip(keys, await self._get(keys, latest=True), strict=True):
+            place, records = key_id(key), []
+            for value in _entries(found):
+                with contextlib.suppress(SchemaError):  # kept here by an older version of ours
+                    record = self._rules.record(value)
+                    # Our own storage answers too, and the root of an empty run is somebody's guess.
+                    if place in self._rules.places(value, record) and is_current(record, now_s):
+                        records.append(record)
+            read.append(latest(records))
+        return read
+
     async def _get(self, keys: list[bytes], *, latest: bool) -> list[Any]:
-        """What was found in time, as hivemind's values with expiration."""
+        """For each key what was found in time, as hivemind's value with expiration, or None."""
         futures = await self._node.get_many(
             keys,
             sufficient_expiration_time=float("inf") if latest else None,
             return_futures=True,
         )
-        values = (_within(future, QUERY_TIMEOUT_S) for future in futures.values())
-        return [found for found in await asyncio.gather(*values) if found is not None]
+        values = (_within(futures[key], QUERY_TIMEOUT_S) for key in keys)
+        return list(await asyncio.gather(*values))
 
     async def _store(self, key: bytes, value: bytes, expires_s: float, subkey: str | None) -> bool:
         store = self._node.store(
@@ -202,9 +215,15 @@ class HivemindDirectory:
         )
         return bool(await _within(store, QUERY_TIMEOUT_S)) and self.size() > 0
 
-    async def _store_record(self, record: PeerRecord, signed: bytes) -> bool:
-        key = members_key(record.run, shard_of(record.peer))
-        return await self._store(key, signed, record.expires_ms / 1000, record.peer)
+    async def _store_record(self, record: PeerRecord, signed: bytes, contact: bool) -> bool:
+        cells = await self._index.cells_to_show(record, contact=contact)
+        keys = [members_key(record.run, cell) for cell in cells]
+        expires_s = record.expires_ms / 1000
+        return all(
+            await asyncio.gather(
+                *(self._store(key, signed, expires_s, record.peer) for key in keys)
+            )
+        )
 
     async def _store_manifest(self, run: RunId, manifest: bytes, name: str) -> bool:
         expires_ms = round((time.time() + NOTICE_TTL_S) * 1000)
@@ -218,11 +237,12 @@ class HivemindDirectory:
 
     async def _store_all(self) -> None:
         for run, (manifest, name) in list(self._manifests.items()):
-            await self._store_manifest(run, manifest, name)
-        for signed in list(self._records.values()):
+            if self._index.announces(run, self._signer.peer_id):
+                await self._store_manifest(run, manifest, name)
+        for signed, contact in list(self._records.values()):
             record = self._rules.record(signed)
             if is_current(record, time.time()):
-                await self._store_record(record, signed)
+                await self._store_record(record, signed, contact)
 
     async def _ping(self, name: Any) -> None:
         protocol = self._node.protocol
@@ -310,8 +330,8 @@ async def _within(work: Awaitable[Any], timeout_s: float) -> Any:
     return future.result()
 
 
-def _entries(found: Any) -> Iterator[tuple[str, bytes]]:
-    if isinstance(found.value, dict):
-        for subkey, entry in found.value.items():
+def _entries(found: Any) -> Iterator[bytes]:
+    if found is not None and isinstance(found.value, dict):
+        for entry in found.value.values():
             if isinstance(entry.value, bytes):
-                yield subkey, entry.value
+                yield entry.value

@@ -2,7 +2,8 @@
 
 Three kinds of entry, and nothing else:
 
-    members    one key per run and shard; subkey = peer id; value = a signed `PeerRecord`
+    members    keys per run and cell (`protocols.cells`); subkey = peer id; value = a signed
+               `PeerRecord`, which may stand only in the cells that follow from what it says
     manifests  one key per run; no subkey; value = bytes whose SHA-256 is the run
     runs       one key; subkey = peer id; value = a signed `RunEntry`
 
@@ -20,6 +21,7 @@ from typing import Annotated, Final
 
 from dht.directory import RunNotice
 from protocols import limits
+from protocols.cells import cells_of
 from protocols.identity import Signer, verify
 from protocols.records import NameField, PeerRecord, RunIdField, Signed, read_record, sign
 from protocols.schema import Max, SchemaError, pack, unpack
@@ -28,7 +30,7 @@ from protocols.types import PeerId, RunId
 RUN_DOMAIN: Final = "run"
 NOTICE_TTL_S: Final = 300.0  # manifests and run entries; refreshed at a third of it
 RUNS_SHOWN_MAX: Final = 1024  # announcers of runs that one node keeps
-SHARD_MEMBERS_MAX: Final = limits.KNOWN_PEERS_MAX // limits.MEMBER_SHARDS
+CELL_ENTRIES_MAX: Final = 512  # a rush of newcomers stands in the root until it shows crowded
 VERIFIED_MAX: Final = 2 * limits.KNOWN_PEERS_MAX  # remembered signatures, about 8 MiB
 RUNS_KEY: Final = b"murmuration/1/runs"
 
@@ -42,12 +44,8 @@ class RunEntry:
     expires_ms: Annotated[int, Max(2**48)]
 
 
-def shard_of(peer: PeerId) -> int:
-    return hashlib.sha256(peer.encode()).digest()[0] % limits.MEMBER_SHARDS
-
-
-def members_key(run: RunId, shard: int) -> bytes:
-    return f"murmuration/1/{run}/members/{shard}".encode()
+def members_key(run: RunId, cell: str) -> bytes:
+    return f"murmuration/1/{run}/members/{cell}".encode()
 
 
 def manifest_key(run: RunId) -> bytes:
@@ -105,6 +103,7 @@ class Rules:
     def __init__(self) -> None:
         self._records: OrderedDict[bytes, PeerRecord] = OrderedDict()
         self._entries: OrderedDict[bytes, tuple[PeerId, RunEntry]] = OrderedDict()
+        self._places: OrderedDict[bytes, frozenset[bytes]] = OrderedDict()
 
     def record(self, data: bytes) -> PeerRecord:
         """`read_record`, but each signature is verified only once."""
@@ -117,6 +116,18 @@ class Rules:
         else:
             self._records.move_to_end(data)
         return record
+
+    def places(self, data: bytes, record: PeerRecord) -> frozenset[bytes]:
+        """The key ids under which `record`, whose bytes are `data`, may stand: about 50 hashes."""
+        places = self._places.get(data)
+        if places is None:
+            places = frozenset(key_id(members_key(record.run, cell)) for cell in cells_of(record))
+            self._places[data] = places
+            if len(self._places) > RUNS_SHOWN_MAX:
+                self._places.popitem(last=False)
+        else:
+            self._places.move_to_end(data)
+        return places
 
     def run_entry(self, data: bytes) -> tuple[PeerId, RunEntry]:
         """`read_run_entry`, but each signature is verified only once."""
@@ -150,7 +161,7 @@ class Rules:
             return False
         return (
             subkey == record.peer
-            and key == key_id(members_key(record.run, shard_of(record.peer)))
+            and key in self.places(value, record)
             and expires_s == record.expires_ms / 1000
             and is_current(record, now_s)
         )

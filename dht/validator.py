@@ -17,12 +17,12 @@ from hivemind.dht.crypto import DHTRecord, RecordValidatorBase
 from hivemind.dht.storage import DHTLocalStorage, DictionaryDHTValue
 from hivemind.utils.timed_storage import ValueWithExpiration
 
-from dht.rules import RUNS_SHOWN_MAX, SHARD_MEMBERS_MAX, Rules
+from dht.rules import CELL_ENTRIES_MAX, RUNS_SHOWN_MAX, Rules
 from protocols import limits
 
-KEYS_MAX: Final = 1024  # about 100 runs; at worst 64 KiB or a full shard each
+KEYS_MAX: Final = 4096  # half a key per peer and replica; at worst 64 KiB or a full cell each
 CACHED_KEYS_MAX: Final = 64
-SUBKEYS_MAX: Final = max(RUNS_SHOWN_MAX, SHARD_MEMBERS_MAX)
+SUBKEYS_MAX: Final = max(RUNS_SHOWN_MAX, CELL_ENTRIES_MAX)
 NEIGHBOURS_MAX: Final = 20  # a bucket; an honest reply has no more per key
 
 

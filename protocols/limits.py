@@ -20,10 +20,19 @@ ADDRESS_CHARS_MAX: Final = 256  # a relayed multiaddress is about 180 characters
 
 # ── groups ───────────────────────────────────────────────────────────────────────────────
 GROUP_MEMBERS_MAX: Final = 16  # all-to-all heartbeats stay cheap; larger cells split
+COMPANY_MAX: Final = 1024  # what a peer may claim as its group's size
 AGGREGATORS_MAX: Final = 16
 ROSTER_MAX: Final = GROUP_MEMBERS_MAX
 KNOWN_PEERS_MAX: Final = 4096  # records remembered per run, oldest dropped first
-MEMBER_SHARDS: Final = 8  # DHT keys over which a run's membership is spread
+COORDINATE_S_MAX: Final = 1.024  # round the Earth and back is 0.2 s
+RTT_S_MAX: Final = 2.0  # a longer round trip is a broken link, and tells nothing about distance
+
+# ── discovery ────────────────────────────────────────────────────────────────────────────
+CELL_RECORDS_MAX: Final = 48  # a fuller cell splits; whole groups of 16 fit, and 48 KiB per read
+CELL_SAMPLE: Final = 32  # so many of a crowded cell still show themselves: the way down
+CELL_LEVELS_MAX: Final = 16  # eight cells in each: 9 levels of place, 7 of hash, 10^14 cells
+CELL_GRIDS: Final = 2  # shifted against each other: who is cut apart in one meets in the other
+GROUP_CONTACTS: Final = 3  # members of a group that stand in the index of groups
 
 # ── layout ───────────────────────────────────────────────────────────────────────────────
 UNITS_MAX: Final = 2**22  # 64 Ki values each: 2.7e11 parameters

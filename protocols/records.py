@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Annotated, Final
 
 from protocols import limits
+from protocols.coordinates import Coordinate
 from protocols.identity import SIGNATURE_BYTES, Signer, verify
 from protocols.schema import Exactly, Max, SchemaError, pack, unpack
 from protocols.types import GroupName, PeerId, RunId
@@ -49,6 +50,10 @@ class PeerRecord:
     issued_ms: Annotated[int, Max(2**48)]
     """Milliseconds since 1970, the issuer's clock."""
     expires_ms: Annotated[int, Max(2**48)]
+    company: Annotated[int, Max(limits.COMPANY_MAX)] = 0
+    """Live members of its group by its own count, itself included: whether there is room."""
+    coordinate: Coordinate | None = None
+    """Where it stands in the network; none before it measured its first round trips."""
 
     def __post_init__(self) -> None:
         if self.expires_ms - self.issued_ms > limits.RECORD_LIFETIME_S_MAX * 1000:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
+
 from dht.memory import MemoryBoard, MemoryDirectory
 from protocols import limits
+from protocols.coordinates import Coordinate
+from protocols.records import sign_record
 from tests.dht.samples import MANIFEST, OTHER_RUN, RUN, record, signed, signer
 
 ALICE = signer("alice")
@@ -33,6 +38,69 @@ async def test_what_one_publishes_another_reads_until_it_ends() -> None:
     await mine.close()
     assert yours.size() == 0
     assert await yours.runs() == []
+
+
+async def test_a_large_run_is_found_piece_by_piece() -> None:
+    """Nobody reads everybody: own cell, own group, and groups drawn from the index."""
+    clock = Clock()
+    board = MemoryBoard(clock)
+    owners = [signer(f"peer {i}") for i in range(240)]
+    directories = [
+        MemoryDirectory(board, o.peer_id, random.Random(i)) for i, o in enumerate(owners)
+    ]
+    records = {}
+    for step in range(3):  # the first ones learn only later how many came
+        clock.now_s += 45
+        for i, owner in enumerate(owners):
+            place = Coordinate(0.02 * (i % 24), 0.0, 0.001 * (i // 24), 0.001, 0.1)
+            mine = replace(
+                record(owner, issued_s=clock.now_s, group=f"near:{i % 24}"), coordinate=place,
+                company=10,
+            )  # fmt: skip
+            records[owner.peer_id] = mine
+            before = board.writes
+            assert await directories[i].publish_record(
+                sign_record(owner, mine), contact=i // 24 < limits.GROUP_CONTACTS
+            )
+            await directories[i].nearby(mine)
+            assert step < 2 or board.writes - before <= 16
+    assert all(len(found) <= 128 for found in board.cells.values())
+    before = board.reads
+    some = await MemoryDirectory(board, ALICE.peer_id).members(RUN)
+    assert board.reads - before == 1
+    assert 16 <= len(some) <= 64
+    for i in range(0, 240, 7):
+        mine = records[owners[i].peer_id]
+        before = board.reads
+        near = {r.peer for r in await directories[i].nearby(mine)}
+        assert board.reads - before <= 8
+        assert {r.peer for r in records.values() if r.group == mine.group} <= near
+    drawn = set()
+    before = board.reads
+    for _ in range(40):
+        notices = await directories[0].random_groups(RUN, 2)
+        assert len({n.group for n in notices}) == len(notices) == 2
+        for notice in notices:
+            assert all(r.group == notice.group for r in notice.contacts)
+            assert 1 <= len(notice.contacts) <= limits.GROUP_CONTACTS
+        drawn |= {n.group for n in notices}
+    assert board.reads - before <= 40 * 3
+    assert len(drawn) == 24, "each is drawn sooner or later"
+    few = await MemoryDirectory(MemoryBoard(clock), ALICE.peer_id).random_groups(RUN, 2)
+    assert few == []
+
+
+async def test_in_a_large_run_only_some_announce_it() -> None:
+    clock = Clock()
+    board = MemoryBoard(clock)
+    for i in range(200):
+        owner = signer(f"peer {i}")
+        directory = MemoryDirectory(board, owner.peer_id)
+        await directory.publish_record(signed(owner, issued_s=clock.now_s))
+        assert await directory.publish_manifest(RUN, MANIFEST, "tiny")
+    (notice,) = await directory.runs()
+    assert 20 <= notice.peers <= 120
+    assert await directory.manifest(RUN) == MANIFEST
 
 
 async def test_what_breaks_the_rules_is_refused() -> None:

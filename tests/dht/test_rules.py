@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -14,10 +15,11 @@ from dht.rules import (
     key_id,
     manifest_key,
     members_key,
-    shard_of,
     sign_run_entry,
 )
 from protocols import limits
+from protocols.cells import cells_of, group_path, neighbourhood
+from protocols.coordinates import Coordinate
 from protocols.records import DOMAIN, sign, sign_record
 from protocols.schema import pack
 from protocols.types import RunId
@@ -26,7 +28,7 @@ from tests.dht.samples import MANIFEST, OTHER_RUN, RUN, record, signed, signer
 ALICE = signer("alice")
 BOB = signer("bob")
 NOW_S = 1_800_000_000.0
-PLACE = key_id(members_key(RUN, shard_of(ALICE.peer_id)))
+PLACE = key_id(members_key(RUN, "peers/"))
 
 
 def test_a_record_stands_in_its_own_place_until_its_own_end() -> None:
@@ -40,12 +42,30 @@ def test_a_record_stands_in_its_own_place_until_its_own_end() -> None:
         assert not rules.allow(PLACE, ALICE.peer_id, data, end_s + 1, NOW_S)
         assert not rules.allow(PLACE, ALICE.peer_id, data, end_s, end_s + 1)
         assert not rules.allow(key_id(b"elsewhere"), ALICE.peer_id, data, end_s, NOW_S)
-        for shard in range(limits.MEMBER_SHARDS):
-            if shard != shard_of(ALICE.peer_id):
-                wrong = key_id(members_key(RUN, shard))
-                assert not rules.allow(wrong, ALICE.peer_id, data, end_s, NOW_S)
-        other = key_id(members_key(OTHER_RUN, shard_of(ALICE.peer_id)))
+        other = key_id(members_key(OTHER_RUN, "peers/"))
         assert not rules.allow(other, ALICE.peer_id, data, end_s, NOW_S)
+
+
+def test_a_record_stands_only_in_the_cells_that_follow_from_what_it_says() -> None:
+    rules = Rules()
+    lab = sign_record(ALICE, replace(record(ALICE, issued_s=NOW_S, group="site:lab"), site="lab"))
+    placed = sign_record(
+        ALICE, replace(record(ALICE, issued_s=NOW_S), coordinate=Coordinate(0.1, -0.2, 0.3))
+    )
+    for data in (lab, placed):
+        mine = rules.record(data)
+        cells = cells_of(mine)
+        paths = [*neighbourhood(mine), *([group_path(mine.group)] if mine.group else [])]
+        assert len(cells) == 1 + sum(
+            len(path.digits) + (not path.tree.startswith("near")) for path in paths
+        )
+        for cell in cells:
+            place = key_id(members_key(RUN, cell))
+            assert rules.allow(place, ALICE.peer_id, data, NOW_S + 90, NOW_S)
+        for other in (lab, placed):
+            for cell in cells_of(rules.record(other)) - cells:
+                place = key_id(members_key(RUN, cell))
+                assert not rules.allow(place, ALICE.peer_id, data, NOW_S + 90, NOW_S)
 
 
 def test_a_record_is_believed_across_a_small_difference_of_clocks_only() -> None:

@@ -11,13 +11,13 @@ from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.utils import MSGPackSerializer
 from hivemind.utils.timed_storage import ValueWithExpiration
 
-from dht.rules import Rules, members_key, shard_of
+from dht.rules import Rules, members_key
 from dht.validator import NEIGHBOURS_MAX, SUBKEYS_MAX, BoundedStorage, Validator, guard
 from protocols.records import sign_record
 from tests.dht.samples import RUN, record, signer
 
 ALICE = signer("alice")
-PLACE = DHTID.generate(members_key(RUN, shard_of(ALICE.peer_id)))
+PLACE = DHTID.generate(members_key(RUN, "peers/"))
 
 
 class Protocol(SimpleNamespace):

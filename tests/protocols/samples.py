@@ -9,8 +9,9 @@ import typing
 from functools import cache
 from typing import Annotated, Any, Union
 
-from protocols import messages, schema
+from protocols import limits, messages, schema
 from protocols.blocks import BlockRange, BlockReport
+from protocols.coordinates import Coordinate
 from protocols.identity import Signer
 from protocols.messages import Contributor, OutcomeHeader, Seat
 from protocols.records import PeerRecord
@@ -45,12 +46,21 @@ def record(index: int, **changes: Any) -> PeerRecord:
     return dataclasses.replace(plain, **changes)
 
 
+def coordinate(rng: random.Random) -> Coordinate:
+    """Anywhere that a coordinate can be, its bounds included."""
+    most_s = limits.COORDINATE_S_MAX
+    x_s, y_s, z_s = (rng.choice([0.0, most_s, rng.uniform(-most_s, most_s)]) for _ in range(3))
+    return Coordinate(x_s, y_s, z_s, rng.choice([0.0, most_s, 0.01]), rng.random())
+
+
 def sample(hint: Any, rng: random.Random) -> Any:
     """A random value that fits `hint`, its bounds included."""
     if hint is OutcomeHeader:
         return _outcome_header(rng)
     if hint is BlockReport:
         return _block_report(rng)
+    if hint is Coordinate:
+        return coordinate(rng)
     bound: Max | Exactly | None = None
     while typing.get_origin(hint) is Annotated or hasattr(hint, "__supertype__"):
         if hasattr(hint, "__supertype__"):
