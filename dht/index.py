@@ -1,7 +1,7 @@
 """Discovery on any table of keys: cells searched, records stored where they belong, groups drawn.
 
 The part of a directory that `protocols.cells` describes, with the reading and writing left open.
-What was learned of a path is kept, so that a peer that stays costs two reads per tree and time.
+What was learned of a path is kept, so that a peer that stays costs three reads per tree and time.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class Index:
         self._known: OrderedDict[tuple[RunId, Path], Search] = OrderedDict()
         self._population: OrderedDict[RunId, float] = OrderedDict()
         self._uses = 0
+        self._turn = 0
         self._group_level = 0
         """Where the last draw of groups found the leaf."""
 
@@ -93,7 +94,7 @@ class Index:
             self._population.popitem(last=False)
 
     async def nearby(self, mine: PeerRecord) -> list[PeerRecord]:
-        """See `Directory.nearby`. Two reads per tree once the leaf is known, and one."""
+        """See `Directory.nearby`. Three reads per tree once the leaf is known, and one."""
         found: dict[PeerId, PeerRecord] = {}
         paths = neighbourhood(mine)
         read_root = False
@@ -154,7 +155,8 @@ class Index:
         known = self._known.pop((run, path), None)
         search = Search(path, dict(known.counts) if known is not None else {})
         if known is not None and known.leaf is not None:
-            search.start_at(known.leaf)
+            self._turn += 1
+            search.start_at(known.leaf, self._turn)
         await self._run(run, search, seen)
         self._known[run, path] = search
         while len(self._known) > SEARCHES_KEPT:

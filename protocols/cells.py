@@ -158,7 +158,7 @@ def shows(peer: PeerId, count: float) -> bool:
 class Search:
     """Looks for the leaf of a path: read the levels it asks for, tell it what was there.
 
-    `counts` may hold what is known from earlier: then two reads usually confirm it.
+    `counts` may hold what is known from earlier: then three reads usually confirm it.
     """
 
     path: Path
@@ -171,21 +171,27 @@ class Search:
     _high: int = limits.CELL_LEVELS_MAX
     """Shallowest level read that is not, or the last one: there is nothing below it."""
     _guess: int = 0
+    _again: int | None = None
     _read: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self._high = len(self.path.digits)
 
-    def start_at(self, leaf: int) -> None:
-        """Look there first, and one level above."""
+    def start_at(self, leaf: int, turn: int = 0) -> None:
+        """Look there first, one level above, and at one of those further up: which one is the
+        `turn`'s, so that what is known of each is never older than a few turns."""
         self._guess = min(max(leaf, 0), self._high)
+        if self._guess > 1:
+            self._again = turn % (self._guess - 1)
 
     @property
     def wanted(self) -> list[int]:
-        """Levels to read next, one or two; empty when the leaf is known."""
+        """Levels to read next, up to three; empty when the leaf is known."""
         if self.leaf is not None:
             return []
-        first = {self._guess, self._guess - 1} if not self._read else {self._guess}
+        first = {self._guess} if self._read else {self._guess, self._guess - 1}
+        if not self._read and self._again is not None:
+            first.add(self._again)
         return sorted(level for level in first if level >= 0 and level not in self._read)
 
     def found(self, level: int, records: Collection[PeerRecord]) -> None:

@@ -44,32 +44,32 @@ async def test_a_large_run_is_found_piece_by_piece() -> None:
     """Nobody reads everybody: own cell, own group, and groups drawn from the index."""
     clock = Clock()
     board = MemoryBoard(clock)
-    owners = [signer(f"peer {i}") for i in range(240)]
+    owners = [signer(f"peer {i}") for i in range(160)]
     directories = [
         MemoryDirectory(board, o.peer_id, random.Random(i)) for i, o in enumerate(owners)
     ]
     records = {}
-    for step in range(3):  # the first ones learn only later how many came
+    for step in range(4):  # the first ones learn only later how many came
         clock.now_s += 45
         for i, owner in enumerate(owners):
-            place = Coordinate(0.02 * (i % 24), 0.0, 0.001 * (i // 24), 0.001, 0.1)
+            place = Coordinate(0.02 * (i % 16), 0.0, 0.001 * (i // 16), 0.001, 0.1)
             mine = replace(
-                record(owner, issued_s=clock.now_s, group=f"near:{i % 24}"), coordinate=place,
+                record(owner, issued_s=clock.now_s, group=f"near:{i % 16}"), coordinate=place,
                 company=10,
             )  # fmt: skip
             records[owner.peer_id] = mine
             before = board.writes
             assert await directories[i].publish_record(
-                sign_record(owner, mine), contact=i // 24 < limits.GROUP_CONTACTS
+                sign_record(owner, mine), contact=i // 16 < limits.GROUP_CONTACTS
             )
             await directories[i].nearby(mine)
-            assert step < 2 or board.writes - before <= 16
+            assert step < 3 or board.writes - before <= 16
     assert all(len(found) <= 128 for found in board.cells.values())
     before = board.reads
     some = await MemoryDirectory(board, ALICE.peer_id).members(RUN)
     assert board.reads - before == 1
     assert 16 <= len(some) <= 64
-    for i in range(0, 240, 7):
+    for i in range(0, 160, 7):
         mine = records[owners[i].peer_id]
         before = board.reads
         near = {r.peer for r in await directories[i].nearby(mine)}
@@ -85,7 +85,7 @@ async def test_a_large_run_is_found_piece_by_piece() -> None:
             assert 1 <= len(notice.contacts) <= limits.GROUP_CONTACTS
         drawn |= {n.group for n in notices}
     assert board.reads - before <= 40 * 3
-    assert len(drawn) == 24, "each is drawn sooner or later"
+    assert len(drawn) == 16, "each is drawn sooner or later"
     few = await MemoryDirectory(MemoryBoard(clock), ALICE.peer_id).random_groups(RUN, 2)
     assert few == []
 
