@@ -97,7 +97,8 @@ def test_a_search_takes_few_reads_however_many_peers_there_are() -> None:
     for count, reads_max in ((40, 1), (400, 5), (4000, 6)):
         records = scattered(rng, count)
         table = Table(records, "near1")
-        fresh, again = [], []
+        fresh: list[int] = []
+        again: list[int] = []
         for one in rng.sample(records, 20):
             search = Search(path_of(one, "near1"))
             fresh.append(table.search(search))
