@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Annotated, Any, Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,17 +24,34 @@ from peer.errors import StorageError
 from peer.exchange import Outcome
 from peer.observe import events as ev
 from peer.train.method import ArrayMap, DataSource, Method
+from peer.train.shared import SharedStream
 from peer.train.stream import BlockStream
 from peer.train.trainer import Stats, Trainer
 from peer.transfer import Snapshot, TensorNote, describe
+from protocols import limits
+from protocols.blocks import BlockReport
+from protocols.ledger import Counted, Entry, entries_of
 from protocols.messages import Counter, Plan
-from protocols.records import GroupField
-from protocols.schema import pack
-from protocols.types import Digest, GroupName, PeerId
+from protocols.records import GroupField, PeerIdField
+from protocols.schema import Max, SchemaError, pack, unpack
+from protocols.sharding import Shares
+from protocols.types import Digest, GroupName, PeerId, RunId
 
 T = TypeVar("T")
 
 EVALUATION_BATCH: Final = 16
+LEDGER: Final = ".ledger"
+"""Under this name the ledger's bytes lie among a checkpoint's inner arrays."""
+
+
+@dataclass(frozen=True, slots=True)
+class ContributorNote:
+    """A contributor of a round, as the ledger of blocks counts it."""
+
+    peer: PeerIdField
+    blocks: BlockReport
+    cover: Annotated[bytes, Max(limits.SPAN_MASK_BYTES_MAX)]
+    """Bit i: inside unit i."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +60,8 @@ class JournalNote:
 
     group: GroupField
     epoch: Counter
+    contributors: Annotated[tuple[ContributorNote, ...], Max(limits.ROSTER_MAX)]
+    """What the ledger of blocks was told with it."""
 
 
 class TrainerLearner:
@@ -55,11 +74,14 @@ class TrainerLearner:
         store: CheckpointStore,
         emit: ev.Listener,
         *,
+        run: RunId,
         batch_size: int,
         seed: int,
         threads: int | None,
         checkpoint_every: int,
+        own_data: bool = False,
     ) -> None:
+        """`own_data`: the blocks are files of this peer's own, so no ledger is kept of them."""
         self.round = 0
         self.digest = Digest(b"")
         self.tensors: tuple[TensorNote, ...] = ()
@@ -69,6 +91,10 @@ class TrainerLearner:
         self._build = build
         self._store = store
         self._emit = emit
+        self.departed: Callable[[], tuple[PeerId, ...]] = tuple
+        """Who said goodbye to us: the next contribution tells the group."""
+        self._run = run
+        self._own_data = own_data
         self._batch_size = batch_size
         self._seed = seed
         self._checkpoint_every = checkpoint_every
@@ -76,7 +102,7 @@ class TrainerLearner:
         self._trouble = ""
         self._saving = asyncio.Lock()
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="disk")
-        self._stream: BlockStream | None = None
+        self._stream: BlockStream | SharedStream | None = None
         self._source: DataSource | None = None
         self._trainer = Trainer(self._build_all, threads=threads)
         self._validation: list[torch.Tensor] | None = None
@@ -98,11 +124,14 @@ class TrainerLearner:
             self.tensors, self.digest = await self._trainer.run(_layout)
             return
 
+        kept = loaded.inner.pop(LEDGER, None)
+
         def restore(method: Method) -> int:
             method.load_state(loaded.arrays)
             method.load_inner_state(loaded.inner)
+            if kept is not None:
+                self._adopt(kept.tobytes())
             nobody = np.zeros(method.units, np.bool_)
-            replayed = 0
             for entry in loaded.journal:
                 method.apply(entry.units, nobody)
                 if entry.digest and method.digest() != entry.digest:
@@ -110,10 +139,11 @@ class TrainerLearner:
                         f"round {entry.round} of the journal does not lead to the state that it"
                         " should; move the journal files away and join again"
                     )
-                replayed += 1
-            if self._stream is not None and isinstance(loaded.facts.get("stream"), dict):
+                if isinstance(self._stream, SharedStream):
+                    self._stream.apply(entry.round, _noted(entry.header))
+            if isinstance(self._stream, BlockStream) and "stream" in loaded.facts:
                 self._stream.load_state(loaded.facts["stream"])
-            return replayed
+            return len(loaded.journal)
 
         replayed = await self._trainer.run(restore)
         self.round = loaded.round + replayed
@@ -122,13 +152,26 @@ class TrainerLearner:
         self.tensors, self.digest = await self._trainer.run(_layout)
         self._emit(ev.CheckpointLoaded(self.round, loaded.path, replayed, skipped))
 
-    def _build_all(self) -> tuple[Method, BlockStream]:
+    def _build_all(self) -> tuple[Method, BlockStream | SharedStream]:
         method, source = self._build()
         self._source = source
-        self._stream = BlockStream(
-            source, batch_size=self._batch_size, seed=self._seed, peer=self._me
+        self._stream = (
+            BlockStream(source, batch_size=self._batch_size, seed=self._seed, peer=self._me)
+            if self._own_data
+            else SharedStream(
+                source, self._run, self._me, method.units, batch_size=self._batch_size
+            )
         )
         return method, self._stream
+
+    def _adopt(self, ledger: bytes) -> bool:
+        """In the training thread: go on with a ledger; False if it is none of this run."""
+        if isinstance(self._stream, SharedStream) and ledger:
+            try:
+                self._stream.adopt(ledger)
+            except SchemaError:
+                return False
+        return True
 
     def start(self) -> None:
         self._trainer.start()
@@ -150,19 +193,26 @@ class TrainerLearner:
     def method(self) -> Method:
         return self._trainer.method
 
-    @property
-    def blocks(self) -> int:
-        return self._source.blocks if self._source is not None else 0
-
-    async def set_blocks(self, blocks: Iterable[int]) -> None:
-        """These blocks are this peer's own from now on."""
-        own = list(blocks)
+    async def share(self, shares: Shares) -> None:
+        """Whose part of the run's blocks is whose, from now on."""
 
         def change(_: Method) -> None:
-            if self._stream is not None:
-                self._stream.set_blocks(own)
+            if isinstance(self._stream, SharedStream):
+                self._stream.share(shares)
 
         await self._trainer.run(change)
+
+    async def finish(self) -> int:
+        """Stop training for good; the next contributions say so. Blocks still in flight."""
+        self._trainer.pause()
+
+        def last(_: Method) -> int:
+            if not isinstance(self._stream, SharedStream):
+                return 0
+            self._stream.leave()
+            return len(self._stream.work.in_flight)
+
+        return await self._trainer.run(last)
 
     def stats(self) -> Stats:
         """Since the last contribution."""
@@ -181,6 +231,8 @@ class TrainerLearner:
 
     # ── rounds ───────────────────────────────────────────────────────────────────────────
     async def take(self, number: int) -> Taken:
+        if isinstance(self._stream, SharedStream):
+            self._stream.heard_goodbye(self.departed())
         harvest = await self._trainer.harvest()
         s, life = harvest.stats, self._life
         self._life = Stats(
@@ -188,7 +240,7 @@ class TrainerLearner:
             served_s=life.served_s + s.served_s,
             waited_s=life.waited_s + s.waited_s,
         )
-        return Taken(harvest.contribution, s.loss, s.steps, harvest.blocks)
+        return Taken(harvest.contribution, s.loss, s.steps, harvest.blocks, harvest.report)
 
     async def apply(
         self, number: int, outcomes: list[Outcome], plan: Plan | None
@@ -196,22 +248,27 @@ class TrainerLearner:
         units = [payload for outcome in outcomes for payload in outcome.units]
         mine = included_units(outcomes, self._me)
 
-        def step(method: Method) -> Digest | None:
+        entries = entries_of(outcome.header for outcome in outcomes)
+
+        def step(method: Method) -> tuple[Digest, Counted | None] | None:
             if self.round != number:
                 return None
             method.apply(units, mine)
             self.round = number + 1
             self.digest = Digest(method.digest())
-            return self.digest
+            stream = self._stream
+            counted = stream.apply(number, entries) if isinstance(stream, SharedStream) else None
+            return self.digest, counted
 
-        digest = await self._trainer.run(step)
-        if digest is None:
+        done = await self._trainer.run(step)
+        if done is None:
             return None
+        digest, counted = done
         group = outcomes[0].header.group if outcomes else GroupName("")
-        note = pack(JournalNote(group, plan.epoch if plan is not None else 0))
+        note = _note(group, plan.epoch if plan is not None else 0, entries)
         if self._saved_round >= 0:
             await self._try_disk(functools.partial(self._store.append, number, note, units, digest))
-        return AppliedFacts(digest, float(mine.mean()) if len(mine) else 0.0)
+        return AppliedFacts(digest, float(mine.mean()) if len(mine) else 0.0, counted)
 
     async def after_round(self) -> None:
         """A full checkpoint when one is due: before the first journal entry, then every few."""
@@ -235,7 +292,7 @@ class TrainerLearner:
     # ── states ───────────────────────────────────────────────────────────────────────────
     async def snapshot(self) -> Snapshot:
         return await self._trainer.run(
-            lambda method: Snapshot(self.round, self.digest, method.state())
+            lambda method: Snapshot(self.round, self.digest, method.state(), self._ledger())
         )
 
     async def load(self, state: Snapshot, step_back: bool) -> bool:
@@ -250,6 +307,9 @@ class TrainerLearner:
             if method.digest() != state.digest:
                 method.load_state(before)
                 return False
+            self._adopt(state.ledger)
+            if isinstance(self._stream, SharedStream):
+                self._stream.drop()  # the state took the place of our local work, too
             self.round, self.digest = state.round, state.digest
             return True
 
@@ -262,14 +322,19 @@ class TrainerLearner:
         """Write a full checkpoint; None (and a notice) if the disk would not take it."""
 
         def copy(method: Method) -> tuple[int, Digest, ArrayMap, ArrayMap, dict[str, Any]]:
-            stream = self._stream.state() if self._stream is not None else {}
-            return self.round, self.digest, method.state(), method.inner_state(), stream
+            inner, stream = method.inner_state(), {}
+            if isinstance(self._stream, BlockStream):
+                stream = {"stream": self._stream.state()}
+            ledger = self._ledger()
+            if ledger:
+                inner[LEDGER] = np.frombuffer(ledger, np.uint8)
+            return self.round, self.digest, method.state(), inner, stream
 
         async with self._saving:
             number, digest, arrays, inner, stream = await self._trainer.run(copy)
             if number == 0 or (number == self._saved_round and not replace):
                 return None  # a fresh start on disk would pass for history
-            facts = {"digest": digest.hex(), "stream": stream}
+            facts = {"digest": digest.hex(), **stream}
             info = await self._try_disk(
                 functools.partial(self._store.save, number, arrays, inner, facts, replace=replace)
             )
@@ -277,6 +342,10 @@ class TrainerLearner:
                 self._saved_round = number
                 self._emit(ev.CheckpointSaved(number, info.path, info.bytes, info.seconds))
             return info
+
+    def _ledger(self) -> bytes:
+        """In the training thread: the group's account of its blocks at our round."""
+        return self._stream.ledger() if isinstance(self._stream, SharedStream) else b""
 
     async def _on_disk(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._disk, work)
@@ -292,6 +361,30 @@ class TrainerLearner:
             return None
         self._trouble = ""
         return result
+
+
+def _note(group: GroupName, epoch: int, entries: list[Entry]) -> bytes:
+    """A journal entry's header; without covers where they would not fit."""
+    for covers in (True, False):
+        noted = tuple(
+            ContributorNote(
+                e.peer, e.report, e.cover.to_bytes(-(-e.cover.bit_length() // 8), "little") * covers
+            )
+            for e in entries
+        )
+        note = pack(JournalNote(group, epoch, noted))
+        if len(note) <= limits.STREAM_HEADER_BYTES_MAX:
+            break
+    return note
+
+
+def _noted(header: bytes) -> list[Entry]:
+    """The contributors in a journal entry; none in one that an earlier version wrote."""
+    try:
+        note = unpack(JournalNote, header)
+    except SchemaError:
+        return []
+    return [Entry(c.peer, c.blocks, int.from_bytes(c.cover, "little")) for c in note.contributors]
 
 
 def included_units(outcomes: list[Outcome], me: PeerId) -> npt.NDArray[np.bool_]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import Counter as Tally
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -33,6 +34,7 @@ from peer.manifest_toml import stage_assets
 from peer.net.budget import UploadBudget
 from peer.net.transport import Stream, Transport
 from peer.observe import events as ev
+from peer.observe.blocks import blocks_told
 from peer.observe.hub import Hub
 from peer.observe.jsonl import JsonlLog
 from peer.observe.metrics import Metrics, serve_http
@@ -43,7 +45,7 @@ from protocols.events import Leaving, StateReady
 from protocols.group import GroupConfig, GroupMachine
 from protocols.identity import Signer
 from protocols.messages import AssetQuery, Plan
-from protocols.sharding import own_blocks
+from protocols.sharding import Shares
 from protocols.types import PeerId, RunId
 from tensorcodecs.backend import warm_up
 from tensorcodecs.chooser import Choice
@@ -54,6 +56,7 @@ Build = Callable[[Manifest, Path], tuple[Method, DataSource]]
 PROGRESS_S: Final = 1.0
 RETURN_WAIT_S: Final = 15.0  # a peer with a past looks for the others before it goes on alone
 GOODBYE_S: Final = 2.0
+HAND_OVER_S: Final = 20.0  # the last work gets inside in this time, or goes to others
 LAST_WORDS_S: Final = 30.0  # an evaluation that has begun comes first; the thread is busy anyway
 
 
@@ -240,11 +243,13 @@ async def open_peer(
             keeper = _Keeper(config, peer, driver, founded_ms)
             chores += keeper.start(tasks)
             _announce(peer, config)
+            polite = False
             try:
                 yield peer
+                polite = True
             finally:
                 reason = "asked to leave" if peer._left.is_set() else "closing"
-                await keeper.stop(reason)
+                await keeper.stop(reason, polite=polite)
                 for chore in chores:
                     chore.cancel()
                 await driver.exchange.close()
@@ -313,6 +318,8 @@ async def _assemble(
         lambda: build(manifest, assets) if build else build_run(manifest, assets, config),
         store,
         hub.emit,
+        run=run,
+        own_data=bool(config.data),
         batch_size=manifest.inner.batch_size,
         seed=manifest.model.seed,
         threads=config.threads,
@@ -404,7 +411,9 @@ class _Keeper:
         self._bytes = (0, 0)
         self._leaving = False
         self._waited_s = 0.0
-        self._sharers: tuple[PeerId, ...] = ()
+        self._shares: Shares | None = None
+        self._applied = asyncio.Event()
+        self._learner.departed = self._departed
         self._plan: Plan | None = None
         driver.on_plan = self._planned
         driver.round_finished = self._round_finished
@@ -421,10 +430,12 @@ class _Keeper:
         }
         return [tasks.create_task(work, name=name) for name, work in works.items()]
 
-    async def stop(self, reason: str) -> None:
-        """Say goodbye and save; the second Ctrl-C cuts this short."""
-        self._driver.feed(Leaving(reason))
+    async def stop(self, reason: str, *, polite: bool) -> None:
+        """Hand over (if `polite`), say goodbye and save; the second Ctrl-C cuts this short."""
         self._leaving = True
+        if polite and self._machine.ready:
+            await self._hand_over()
+        self._driver.feed(Leaving(reason))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(GOODBYE_S):
                 await self._driver.posted()
@@ -441,36 +452,50 @@ class _Keeper:
         self._plan = plan
 
     async def _keep_blocks(self) -> None:
-        """Share the data out among the plan's roster and everyone in other groups."""
+        """Share the data out among the plan's roster and the other groups."""
         while True:
             if self._machine.ready:
-                sharers = self._sharers_now()
-                if sharers != self._sharers:
-                    self._sharers = sharers
-                    blocks = self._learner.blocks
-                    mine = list(range(blocks))  # files of one's own are nobody else's
-                    if not self._config.data:
-                        mine = await asyncio.to_thread(
-                            own_blocks, self._peer.run, self._peer.id, sharers, blocks
-                        )
-                    await self._learner.set_blocks(mine)
-                self._learner.start()
+                shares = self._shares_now()
+                if self._shares is None or not shares.same_as(self._shares):
+                    self._shares = shares
+                    await self._learner.share(shares)
+                if not self._leaving:
+                    self._learner.start()
             await asyncio.sleep(0.2)
 
-    def _sharers_now(self) -> tuple[PeerId, ...]:
+    def _shares_now(self) -> Shares:
         group = self._machine.group
-        inside = set(self._plan.peers) if self._plan is not None else {self._peer.id}
-        outside = {
-            n.record.peer
+        others = [
+            n.group
             for n in self._machine.members.everybody()
-            if n.group != group and not n.left and not n.suspected
-        }
-        return tuple(sorted(inside | outside | {self._peer.id}))
+            if n.group and n.group != group and not n.left and not n.suspected
+        ]
+        mates = self._plan.peers if self._plan is not None else ()
+        return Shares(self._peer.run, self._peer.id, mates, group, Tally(others))
+
+    def _departed(self) -> tuple[PeerId, ...]:
+        return tuple(n.record.peer for n in self._machine.members.everybody() if n.left)
+
+    async def _hand_over(self) -> None:
+        """Wait until the last of our work is inside; what isn't by then goes back to the others."""
+        begun_s = time.monotonic()
+        current = self._machine.current
+        if current is not None and current.training and current.due_s - begun_s > HAND_OVER_S:
+            return  # a long round: whoever wants to go is not kept
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(HAND_OVER_S):
+                while await self._learner.finish():
+                    self._applied.clear()
+                    await self._applied.wait()
 
     # ── telling ──────────────────────────────────────────────────────────────────────────
     def _round_finished(
         self, number: int, facts: AppliedFacts, held: list[Outcome], plan: Plan | None, s: float
     ) -> None:
+        self._applied.set()
+        if facts.counted is not None:
+            for event in blocks_told(self._machine.group, facts.counted):
+                self._hub.emit(event)
         if self._finished.full():
             self._finished.get_nowait()
             self._finished.task_done()

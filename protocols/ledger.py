@@ -189,15 +189,14 @@ class Ledger:
         return chosen
 
     def spare(self, shares: Shares, besides: Ranges) -> int | None:
-        """One free block for a peer that holds none: its own, from the far end, where claims of
-        others come last."""
+        """One free block for a peer that holds none: its own, and the surest of these first, which
+        stay its own whoever else may come."""
         low = self._lowest_free(shares)
         near, far = low + self.window // 4, self.floor + self.window
-        for extent in range(min(near, far) // self.extent, low // self.extent - 1, -1):
-            if shares.owner(extent) == shares.me:
-                free = self._free_in(extent, besides)
-                if free:
-                    return free[-1][1] - 1
+        for extent in shares.surest(low // self.extent, min(near, far) // self.extent + 1):
+            free = self._free_in(extent, besides)
+            if free:
+                return free[0][0]
         return next((start for start, _ in self._free(shares, near, far, besides, own=True)), None)
 
     def _lowest_free(self, shares: Shares) -> int:

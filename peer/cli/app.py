@@ -79,6 +79,14 @@ def status(home: Home = None, seat: WhichSeat = None, output: Output = Format.te
 
 
 @app.command(rich_help_panel="Look")
+def ledger(home: Home = None, seat: WhichSeat = None, output: Output = Format.text) -> int:
+    """Show what became of the run's blocks of data, and go over the sums; 1 if they are wrong."""
+    from peer.cli.account import ledger
+
+    return ledger(home, seat, output is Format.json)
+
+
+@app.command(rich_help_panel="Look")
 def identity(home: Home = None, seat: SeatName = None, output: Output = Format.text) -> int:
     """Show who this machine's peers are; make an identity if there is none."""
     from peer.cli.status import identity

@@ -61,6 +61,8 @@ def _facts(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "loss", _loss(report)
     members = words.plural(len(report["group_members"]), "member")
     yield "group", f"{words.group(report['group'] or 'none yet')}, {members}"
+    if report.get("blocks") is not None:
+        yield "blocks", words.account(report["blocks"])
     yield "network", _network(report)
     yield "dht", words.plural(report["dht_nodes"], "node")
     if report.get("checkpoint_round") is not None:

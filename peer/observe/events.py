@@ -160,6 +160,56 @@ class RoundFinished:
 
 
 @dataclass(frozen=True, slots=True)
+class BlocksCounted:
+    """The group's ledger of blocks after a round. Ranges are ordinals: epoch x blocks + position.
+
+    Counts are blocks since the run began. trained + lost + elsewhere = all that is accounted for:
+    every ordinal below `floor`, and some above it.
+    """
+
+    group: str
+    round: int
+    by: dict[str, list[tuple[int, int]]]
+    """Newly trained in this round, by whom: each block once."""
+    again: dict[str, list[tuple[int, int]]]
+    """Trained once more."""
+    trained: int
+    repeated: int
+    """Trained more than once, each time counted."""
+    unasked: int
+    """Of the repeated: not because they were re-issued, but because two peers took them at once."""
+    reissued: int
+    """Taken back from peers that went without accounting for them."""
+    lost: int
+    elsewhere: int
+    """Left to other groups."""
+    in_flight: int
+    """Begun or trained, and not wholly inside the group's state yet."""
+    held: int
+    waiting: int
+    """Free, among those."""
+    floor: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksReissued:
+    """`peer` held these blocks (ordinals) and went without accounting for them."""
+
+    round: int
+    peer: str
+    blocks: list[tuple[int, int]]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksLost:
+    """The group went on without these blocks (ordinals): who held them never accounted for them."""
+
+    round: int
+    blocks: list[tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
 class DigestsAgreed:
     """Everyone in the roster who reported has the same state at the start of `round`."""
 
@@ -258,7 +308,8 @@ class Left:
 
 Event = (
     Started | Notice | ViaAnswered | ViaFailed | GroupChanged | MemberSuspected | PeerRefused
-    | RoundPlanned | CodecChosen | ContributionSent | RoundFinished | DigestsAgreed | DigestDiffered
+    | RoundPlanned | CodecChosen | ContributionSent | RoundFinished | BlocksCounted | BlocksReissued
+    | BlocksLost | DigestsAgreed | DigestDiffered
     | StateReceived | StateServed | CaughtUp | CheckpointSaved | CheckpointLoaded | Progress
     | DaemonRestarted | Left
 )  # fmt: skip

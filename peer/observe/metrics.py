@@ -55,6 +55,16 @@ class Metrics:
         self._suspected = self._counter("suspected", "Members that stopped answering")
         self._differed = self._counter("digests_differed", "Rounds after which we had to heal")
         self._restarts = self._counter("daemon_restarts", "Deaths of the network daemon")
+        self._blocks = {
+            name: self._gauge(f"blocks_{name}", text)
+            for name, text in (
+                ("trained", "Blocks of data in the group's state, each counted once"),
+                ("in_flight", "Blocks begun or trained, and not wholly inside yet"),
+                ("reissued", "Blocks taken back from peers that went"),
+                ("repeated", "Blocks trained more than once"),
+                ("lost", "Blocks that nobody accounts for"),
+            )
+        }
         self._bytes = (0, 0)
 
     def __call__(self, event: ev.Event) -> None:
@@ -67,6 +77,9 @@ class Metrics:
                 self._coverage.set(min((span.coverage for span in event.spans), default=0.0))
                 if event.validation_loss is not None:
                     self._validation.set(event.validation_loss)
+            case ev.BlocksCounted():
+                for name, gauge in self._blocks.items():
+                    gauge.set(getattr(event, name))
             case ev.GroupChanged():
                 self._members.set(len(event.members))
             case ev.PeerRefused():

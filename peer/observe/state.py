@@ -33,6 +33,7 @@ class State:
         self.planned: ev.RoundPlanned | None = None
         self.finished: ev.RoundFinished | None = None
         self.agreed: ev.DigestsAgreed | None = None
+        self.blocks: ev.BlocksCounted | None = None
         self.checkpoint: ev.CheckpointSaved | None = None
         self.checkpoint_s: float | None = None
         self.left: str | None = None
@@ -66,6 +67,8 @@ class State:
                     self.validation_loss = event.validation_loss
             case ev.DigestsAgreed():
                 self.agreed = event
+            case ev.BlocksCounted():
+                self.blocks = event
             case ev.GroupChanged():
                 self.group, self.members = event.group, tuple(event.members)
             case ev.CheckpointSaved():
@@ -127,6 +130,7 @@ class State:
             "waited_share": progress.waited_share if progress else 0.0,
             "last_round": finished,
             "digests_agreed": self.agreed,
+            "blocks": self.blocks,
             "checkpoint_round": self.checkpoint.round if self.checkpoint else None,
             "checkpoint_age_s": self.checkpoint_age_s(),
             "via": dict(self.via),

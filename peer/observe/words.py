@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Final, NamedTuple
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from peer.observe import events as ev
 from protocols.limits import TEXT_CHARS_MAX
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
 NAME_CHARS: Final = 6  # of a peer id's end, where ids differ; its beginning is always 12D3KooW
 QUIET_S: Final = 60.0  # the same complaint about the same peer is told once in this time
@@ -121,6 +122,11 @@ def _line(event: ev.Event) -> Line | None:
                 "warning" if skipped else "info",
                 f"resumed at round {event.round + event.replayed} from disk{skipped}",
             )
+        case ev.BlocksLost():
+            lost = plural(sum(b - a for a, b in event.blocks), "block")
+            return Line(
+                "warning", f"round {event.round}: {lost} of the data lost; training goes on"
+            )
         case ev.DaemonRestarted():
             return Line(
                 "warning",
@@ -148,6 +154,16 @@ def _detail(event: ev.Event) -> Line | None:
                 f"round {event.round}: sent {event.weight:,.0f} tokens of work,"
                 f" {plural(event.steps, 'step')}, {plural(len(event.blocks), 'block')}"
             )
+        case ev.BlocksCounted():
+            new = sum(b - a for ranges in event.by.values() for a, b in ranges)
+            told = account(asdict(event))
+            text = f"round {event.round}: {plural(new, 'block')} more trained; {told}"
+        case ev.BlocksReissued():
+            again = plural(sum(b - a for a, b in event.blocks), "block")
+            text = (
+                f"round {event.round}: {again} of {short(event.peer)} for others"
+                f" ({clean(event.reason)})"
+            )
         case ev.DigestsAgreed():
             text = (
                 f"round {event.round}: {plural(len(event.peers), 'peer')} agree on"
@@ -165,6 +181,17 @@ def _detail(event: ev.Event) -> Line | None:
         case _:
             return None
     return Line("info", text)
+
+
+def account(counts: Mapping[str, Any]) -> str:
+    """`1,204 trained, 16 in flight, 3 re-issued, 1 repeated, 0 lost` of a `BlocksCounted`."""
+    names = {"in_flight": "in flight", "reissued": "re-issued", "elsewhere": "other groups'"}
+    told = ("trained", "in_flight", "reissued", "repeated", "lost", "elsewhere")
+    return ", ".join(
+        f"{counts[name]:,} {names.get(name, name)}"
+        for name in told
+        if counts[name] or name != "elsewhere"
+    )
 
 
 def round_line(event: ev.RoundFinished) -> str:

@@ -1,8 +1,8 @@
-"""Batches from this peer's own blocks, each block once per epoch, whatever the network does.
+"""Batches from files of the peer's own (`--data`), each block once per epoch.
 
-Peers share out blocks by number (an `owner` predicate that changes when peers come and go). A
-stream goes through its own blocks in a shuffled order; when its set changes it keeps its epoch
-and remembers what it has done in it, so nothing is trained twice in an epoch by the same peer.
+Nobody else has these blocks, so there is nothing to share out and nothing to account for; what the
+run's common data needs is in `peer.train.shared`. The set of blocks may change all the same: the
+stream keeps its epoch and what it has done in it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 
 from peer.errors import DataError
 from peer.train.method import DataSource
+from protocols.blocks import NO_BLOCKS, BlockReport
 
 
 class BlockStream:
@@ -72,6 +73,13 @@ class BlockStream:
         used = list(self._used)
         self._used.clear()
         return used
+
+    def report(self) -> BlockReport:
+        """Nothing: nobody else could train on these."""
+        return NO_BLOCKS
+
+    def drop(self) -> None:
+        """Its blocks count as done all the same; the next epoch has them again."""
 
     def state(self) -> dict[str, Any]:
         """What to save: plain values, two hex digits for eight blocks."""

@@ -23,6 +23,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 import torch
 
 from peer.train.method import Contribution, Method
+from protocols.blocks import NO_BLOCKS, BlockReport
 
 REQUESTS_MAX = 64  # waiting for the thread; the driver has a handful
 
@@ -31,13 +32,20 @@ T = TypeVar("T")
 
 
 class Batches(Protocol):
-    """Where batches come from; `peer.train.stream.BlockStream` is one."""
+    """Where batches come from: `peer.train.shared.SharedStream` from the run's data,
+    `peer.train.stream.BlockStream` from a peer's own."""
 
     def next_batch(self) -> torch.Tensor:
         """(B, T) int64."""
 
     def drain_used(self) -> list[tuple[int, int]]:
         """(epoch, block) pairs used since the last call."""
+
+    def report(self) -> BlockReport:
+        """What the others are told of the blocks behind the contribution frozen now."""
+
+    def drop(self) -> None:
+        """The local work since the last contribution that was inside is gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +76,7 @@ class Harvest:
     blocks: list[tuple[int, int]]
     stats: Stats
     """Since the harvest before."""
+    report: BlockReport = NO_BLOCKS
 
 
 class Trainer:
@@ -167,7 +176,10 @@ class Trainer:
         def freeze(method: Method) -> Harvest:
             contribution = method.contribution()
             used = self.batches.drain_used()
-            return Harvest(contribution, used, self._take_stats())
+            if contribution.weight <= 0:
+                self.batches.drop()  # no step was sound, or the method threw it all away
+            report = self.batches.report()
+            return Harvest(contribution, used, self._take_stats(), report)
 
         return await self.run(freeze)
 

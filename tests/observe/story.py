@@ -47,6 +47,9 @@ LIFE: list[ev.Event] = [
     ev.PeerRefused(BOB, "a stale epoch"),
     ev.DaemonRestarted("killed", 0.9),
     ev.CodecChosen(BOB, 1, "low", 250_000, 2.1, True, "the quickest"),
+    ev.BlocksCounted("site:a", 41, {ME: [(0, 3), (7, 9)]}, {}, 80, 2, 1, 5, 1, 0, 7, 9, 2, 70),
+    ev.BlocksReissued(41, BOB, [(70, 75)], "left"),
+    ev.BlocksLost(41, [(3, 4)]),
     ev.Left("Ctrl-C"),
 ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from peer.errors import DataError
 from peer.train.method import StepResult
 from peer.train.trainer import Trainer
+from protocols.blocks import NO_BLOCKS, BlockReport
 
 
 class Toy:
@@ -42,7 +44,7 @@ class Toy:
         return StepResult(loss=float("nan"), tokens=0)
 
     def contribution(self) -> Any:
-        return self.steps
+        return SimpleNamespace(weight=1.0, steps=self.steps)
 
 
 class Batches:
@@ -51,6 +53,12 @@ class Batches:
 
     def drain_used(self) -> list[tuple[int, int]]:
         return [(0, 1)]
+
+    def report(self) -> BlockReport:
+        return NO_BLOCKS
+
+    def drop(self) -> None:
+        raise AssertionError("there was work")
 
 
 def _trainer(toy: list[Toy]) -> Trainer:
@@ -107,7 +115,7 @@ async def test_a_harvest_tells_of_the_steps_since_the_one_before() -> None:
     await _until_stepped(toys[0])
     trainer.pause()
     first = await trainer.harvest()
-    total: Any = first.contribution
+    total: Any = first.contribution.steps  # type: ignore[attr-defined]
     assert first.blocks == [(0, 1)]
     assert first.stats.steps + first.stats.skipped_steps == total
     assert first.stats.tokens == 10 * first.stats.steps
