@@ -29,7 +29,7 @@ from peer.train.stream import BlockStream
 from peer.train.trainer import Stats, Trainer
 from peer.transfer import Snapshot, TensorNote, describe
 from protocols import limits
-from protocols.blocks import BlockReport
+from protocols.blocks import BlockRange, BlockReport
 from protocols.ledger import Counted, Entry, entries_of
 from protocols.messages import Counter, Plan
 from protocols.records import GroupField, PeerIdField
@@ -164,11 +164,11 @@ class TrainerLearner:
         )
         return method, self._stream
 
-    def _adopt(self, ledger: bytes) -> bool:
+    def _adopt(self, ledger: bytes, avoid: tuple[BlockRange, ...] = ()) -> bool:
         """In the training thread: go on with a ledger; False if it is none of this run."""
         if isinstance(self._stream, SharedStream) and ledger:
             try:
-                self._stream.adopt(ledger)
+                self._stream.adopt(ledger, avoid)
             except SchemaError:
                 return False
         return True
@@ -291,9 +291,12 @@ class TrainerLearner:
 
     # ── states ───────────────────────────────────────────────────────────────────────────
     async def snapshot(self) -> Snapshot:
-        return await self._trainer.run(
-            lambda method: Snapshot(self.round, self.digest, method.state(), self._ledger())
-        )
+        def look(method: Method) -> Snapshot:
+            stream = self._stream
+            at_work = stream.at_work() if isinstance(stream, SharedStream) else ()
+            return Snapshot(self.round, self.digest, method.state(), self._ledger(), at_work)
+
+        return await self._trainer.run(look)
 
     async def load(self, state: Snapshot, step_back: bool) -> bool:
         def replace(method: Method) -> bool:
@@ -307,7 +310,7 @@ class TrainerLearner:
             if method.digest() != state.digest:
                 method.load_state(before)
                 return False
-            self._adopt(state.ledger)
+            self._adopt(state.ledger, state.at_work)
             if isinstance(self._stream, SharedStream):
                 self._stream.drop()  # the state took the place of our local work, too
             self.round, self.digest = state.round, state.digest

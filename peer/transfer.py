@@ -24,6 +24,7 @@ from peer.exchange import BYTES, HEADER, NO, REPLY, YES, RefusedError, refuse
 from peer.net.transport import Stream, Transport, TransportError
 from peer.train.method import ArrayMap
 from protocols import limits
+from protocols.blocks import BlockRange, BlockRanges
 from protocols.errors import RemoteProtocolError
 from protocols.messages import AssetQuery, Counter, StateQuery, encode
 from protocols.records import DigestField, NameField
@@ -51,6 +52,9 @@ class StateNote:
     tensors: Annotated[tuple[TensorNote, ...], Max(TENSORS_MAX)]
     ledger: Annotated[bytes, Max(limits.LEDGER_BYTES_MAX)]
     """The group's account of its blocks at that round (`protocols.ledger_state`); may be none."""
+    at_work: BlockRanges
+    """Blocks that the donor trains on and no outcome tells of yet, for the newcomer to keep off."""
+    """Blocks that the donor trains on, and no outcome tells yet: for others to keep off."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +65,8 @@ class Snapshot:
     digest: Digest
     arrays: ArrayMap
     ledger: bytes = b""
+    at_work: tuple[BlockRange, ...] = ()
+    """The donor's blocks that no outcome tells yet."""
 
     @property
     def bytes(self) -> int:
@@ -77,7 +83,7 @@ def describe(arrays: Mapping[str, npt.NDArray[Any]]) -> tuple[TensorNote, ...]:
 async def serve_state(stream: Stream, state: Snapshot) -> int:
     """Send a snapshot; how many bytes it was."""
     arrays = state.arrays
-    note = StateNote(state.round, state.digest, describe(arrays), state.ledger)
+    note = StateNote(state.round, state.digest, describe(arrays), state.ledger, state.at_work)
     await stream.send(REPLY, bytes([YES]) + pack(note))
     sent = 0
     for tensor in note.tensors:
@@ -116,7 +122,7 @@ async def fetch_state(
             arrays[tensor.name] = array
         if await stream.receive(0) is not None:
             raise RemoteProtocolError(donor, "its state goes on after its end")
-        return Snapshot(note.round, Digest(note.digest), arrays, note.ledger)
+        return Snapshot(note.round, Digest(note.digest), arrays, note.ledger, note.at_work)
     finally:
         await stream.close()
 

@@ -12,13 +12,14 @@ from collections.abc import Iterable
 from typing import Final
 
 from protocols import limits
-from protocols.blocks import BlockReport, to_wire
+from protocols.blocks import BlockRange, BlockReport, to_wire
 from protocols.ledger import Counted, Entry, Ledger
 from protocols.ranges import Ranges
 from protocols.sharding import Shares
 from protocols.types import PeerId
 
 HAND_BLOCKS_MIN: Final = 2
+AVOID_ROUNDS: Final = 2  # the round in progress, and one more should it leave the donor out
 HAND_ROUNDS: Final = 3  # a hand lasts until the outcome after next, should one round leave us out
 
 
@@ -36,6 +37,7 @@ class Worklist:
         """Trained here, and not known to be wholly inside."""
         self._queue = Ranges()
         self._claims = Ranges()
+        self._avoid = (Ranges(), 0)
         self._begun = 0
         self._rebuild()
 
@@ -48,7 +50,7 @@ class Worklist:
             self._claims = self._claims - self.ledger.taken() - self._mine()
             source = self._claims
         first = next(iter(source), None)
-        ordinal = first[0] if first is not None else self.ledger.spare(self.shares, self._mine())
+        ordinal = first[0] if first is not None else self.ledger.spare(self.shares, self._busy())
         if ordinal is not None:
             source.remove(ordinal, ordinal + 1)
             self.open = ordinal
@@ -78,7 +80,7 @@ class Worklist:
             wanted = max(HAND_BLOCKS_MIN, HAND_ROUNDS * self._begun)
             leases = self._held()
             wanted = min(wanted, limits.LEASE_BLOCKS_MAX)
-            besides = self._mine() | leases
+            besides = self._busy() | leases
             claims = self.ledger.choose(self.shares, max(0, wanted - len(leases)), besides)
             held = _limited(leases, claims, limits.LEASE_BLOCKS_MAX)
             self._claims = self._own(held & claims)
@@ -92,12 +94,22 @@ class Worklist:
         for blocks in (counted.trained.get(self.me, ()), counted.repeated.get(self.me, ())):
             for piece in blocks:
                 self.in_flight.remove(*piece)
+        avoid, rounds = self._avoid
+        self._avoid = (avoid, rounds - 1) if rounds > 1 else (Ranges(), 0)
         self._rebuild()
         return counted
 
-    def adopt(self, ledger: Ledger) -> None:
-        """Take a donor's ledger; what was trained here stays in flight."""
+    def at_work(self) -> tuple[BlockRange, ...]:
+        """What this peer trains on that no outcome tells yet: so a newcomer can keep off."""
+        return to_wire(_limited(self._mine(), self._claims, limits.REPORT_BLOCKS_MAX))
+
+    def adopt(self, ledger: Ledger, avoid: Ranges | None = None) -> None:
+        """Take a donor's ledger; what was trained here stays in flight.
+
+        `avoid`: what the donor is at, until the outcomes say who holds what.
+        """
         self.ledger = ledger
+        self._avoid = (avoid or Ranges(), AVOID_ROUNDS)
         self._claims = Ranges()
         self._rebuild()
 
@@ -111,6 +123,10 @@ class Worklist:
     def share(self, shares: Shares) -> None:
         """The network looks otherwise now."""
         self.shares = shares
+
+    def _busy(self) -> Ranges:
+        """What is not to be begun, beside what the ledger knows."""
+        return self._mine() | self._avoid[0]
 
     def _mine(self) -> Ranges:
         mine = self.in_flight.copy()

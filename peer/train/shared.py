@@ -15,7 +15,7 @@ import torch
 
 from peer.errors import DataError
 from peer.train.method import DataSource
-from protocols.blocks import BlockReport
+from protocols.blocks import BlockRange, BlockReport, from_wire
 from protocols.ledger import Counted, Entry, Ledger
 from protocols.ledger_state import pack_ledger, unpack_ledger
 from protocols.sharding import Shares, block_of
@@ -122,10 +122,15 @@ class SharedStream:
         """For checkpoints and newcomers."""
         return pack_ledger(self.work.ledger)
 
-    def adopt(self, data: bytes) -> None:
+    def at_work(self) -> tuple[BlockRange, ...]:
+        """What no outcome tells of our work yet, for a newcomer to keep off."""
+        return self.work.at_work()
+
+    def adopt(self, data: bytes, avoid: tuple[BlockRange, ...] = ()) -> None:
         """Go on with the ledger in `data`, a donor's or our own from disk.
 
         Raises:
             SchemaError: it is none of this run and its data.
         """
-        self.work.adopt(unpack_ledger(data, self._run, self._source.blocks, self._units))
+        ledger = unpack_ledger(data, self._run, self._source.blocks, self._units)
+        self.work.adopt(ledger, from_wire(avoid))

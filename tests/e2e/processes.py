@@ -236,3 +236,17 @@ def check_once(processes: list[Process]) -> None:
     for process in processes:
         numbers = [fact["round"] for fact in process.rounds]
         assert numbers == sorted(set(numbers)), f"{process.name}: {numbers}"
+
+
+def check_ledgers(one: Process, other: Process) -> None:
+    """Both have the same account of the data after every round that both finished."""
+    mine, theirs = (
+        {(fact["group"], fact["round"]): fact for fact in p.all("BlocksCounted")}
+        for p in (one, other)
+    )
+    common = mine.keys() & theirs.keys()
+    assert common, f"{one.name} and {other.name} have no round in common"
+    for key in common:
+        a, b = ({k: v for k, v in fact.items() if k != "t"} for fact in (mine[key], theirs[key]))
+        assert a == b, f"{one.name} and {other.name} count blocks differently after {key}"
+        assert a["trained"] + a["lost"] + a["elsewhere"] >= a["floor"]

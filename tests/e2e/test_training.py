@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.processes import Fleet, Process, check_agreement, check_once, fleet
+from tests.e2e.processes import Fleet, Process, check_agreement, check_ledgers, check_once, fleet
 
 EXCHANGE_S = 12.0  # of the manifest: nobody may wait longer for a round
 
@@ -58,10 +58,11 @@ async def test_four_peers_join_one_after_another_agree_and_learn_more_than_one_a
             {tuple(b) for f in p.all("ContributionSent")[-5:] for b in f["blocks"]}
             for p in processes
         ]
-        blocks = [{block for _, block in pairs} for pairs in used]
-        for i, mine in enumerate(blocks):
-            for theirs in blocks[i + 1 :]:
+        for i, mine in enumerate(used):
+            for theirs in used[i + 1 :]:
                 assert not mine & theirs, "two peers trained on the same block"
+        for name in "bcd":
+            check_ledgers(it["a"], it[name])
 
 
 @pytest.mark.parametrize("victim", ["coordinator", "aggregator"])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
-from protocols.blocks import BlockReport
+from protocols.blocks import BlockReport, from_wire
 from protocols.ledger import Entry, Ledger
 from protocols.ledger_state import pack_ledger, unpack_ledger
 from protocols.sharding import Shares
@@ -62,7 +62,10 @@ class LedgerWorld:
             ledger = unpack_ledger(pack_ledger(donor.work.ledger), RUN, self.blocks, self.units)
         elif self.round:
             raise AssertionError("everybody is gone")
-        member = Member(Worklist(me, ledger), self.rng.uniform(0.5, 12), self.lives)
+        work = Worklist(me, ledger)
+        if donor is not None:
+            work.adopt(ledger, from_wire(donor.work.at_work()))
+        member = Member(work, self.rng.uniform(0.5, 12), self.lives)
         member.local = {unit: set() for unit in range(self.units)}
         self.members[me] = member
         self.said_goodbye.discard(me)

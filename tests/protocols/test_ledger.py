@@ -172,6 +172,20 @@ def test_a_hoarder_costs_blocks_and_that_is_logged() -> None:
     assert (lost, book.totals().lost) == (10, 10)
 
 
+def test_a_newcomer_keeps_off_what_its_donor_is_at() -> None:
+    for seed in range(20):
+        world = LedgerWorld(seed, blocks=300)
+        first = world.add("a")
+        world.train(first, 200)
+        assert len(first.work.in_flight) > 100
+        world.add("b").speed = 150
+        for _ in range(6):
+            world.step()
+        world.check()
+        totals = first.work.ledger.totals()
+        assert (totals.repeated, totals.reissued, totals.lost) == (0, 0, 0), f"seed {seed}"
+
+
 def test_what_another_group_accounts_for_is_trained_by_nobody_here() -> None:
     book = ledger()
     book.apply(0, [entry("a", trained=[(0, 4)], held=[(4, 10)])])
