@@ -1,6 +1,6 @@
 """What every transport does around the handlers: caps, reasons for refusals, loud bugs.
 
-An answer on the wire is one status byte and then the response or the reason of a refusal.
+An answer on the wire is one status byte and then the response or the reason why there is none.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from protocols.types import PeerId
 
 OK: Final = b"\x00"
 REFUSED: Final = b"\x01"
+ABSENT: Final = b"\x02"
+"""Nobody is at work here yet, or any more: as if the call had not arrived."""
 
 CALLS_PER_PEER_MAX: Final = 64  # in progress from one stranger; group mates have a handful
 CALLS_MAX: Final = 1024
@@ -57,7 +59,7 @@ async def answer(
 ) -> bytes:
     """The coded answer to one inbound call. Never raises: a bug here must not kill a transport."""
     if handler is None:
-        return _refusal("not ready")
+        return _absence("not ready")
     if len(request) > limits.CONTROL_BYTES_MAX:
         return _refusal(f"request of {len(request)} bytes is too large")
     if not slots.enter(sender):
@@ -69,7 +71,7 @@ async def answer(
         task.cancel()
         slots.leave(sender)
     if task.cancelled():
-        return _refusal("shutting down")
+        return _absence("shutting down")
     error = task.exception()
     if isinstance(error, RemoteProtocolError):
         return _refusal(error.reason)
@@ -86,14 +88,17 @@ def read_answer(peer: PeerId, coded: bytes) -> bytes:
 
     Raises:
         RemoteProtocolError: the far side refused, or the answer is malformed.
+        TransportError: it is starting or ending: there, but not to be talked to.
     """
     if len(coded) > limits.CONTROL_BYTES_MAX + 1:
         raise RemoteProtocolError(peer, f"answer of {len(coded)} bytes is too large")
     if coded[:1] == OK:
         return coded[1:]
+    text = coded[1 : limits.TEXT_CHARS_MAX + 1].decode(errors="replace")
     if coded[:1] == REFUSED:
-        text = coded[1 : limits.TEXT_CHARS_MAX + 1].decode(errors="replace")
         raise RemoteProtocolError(peer, text)
+    if coded[:1] == ABSENT:
+        raise TransportError(peer, text)
     raise RemoteProtocolError(peer, "malformed answer")
 
 
@@ -109,6 +114,10 @@ def gone(peer: PeerId, timeout_s: float) -> TransportError:
 
 def _tell_loop(message: str, error: BaseException) -> None:
     asyncio.get_running_loop().call_exception_handler({"message": message, "exception": error})
+
+
+def _absence(reason: str) -> bytes:
+    return ABSENT + reason.encode()
 
 
 def _refusal(reason: str) -> bytes:

@@ -94,7 +94,7 @@ class Transport(Protocol):
         """One small request and its answer.
 
         Raises:
-            TransportError: unreachable or too late.
+            TransportError: unreachable, too late, or just starting or ending.
             RemoteProtocolError: the far side refused, with its reason.
         """
 

@@ -52,10 +52,10 @@ async def test_a_request_too_large_is_our_fault() -> None:
         await a.call(B, bytes(limits.CONTROL_BYTES_MAX + 1), 1)
 
 
-async def test_before_serve_everything_is_refused() -> None:
+async def test_who_does_not_serve_yet_is_not_there_and_is_blamed_for_nothing() -> None:
     network = MemoryNetwork()
     a, _ = network.transport(A), network.transport(B)
-    with pytest.raises(RemoteProtocolError, match="not ready"):
+    with pytest.raises(TransportError, match="not ready"):
         await a.call(B, b"abc", 1)
     stream = await a.open(B, 1)
     with pytest.raises(TransportError, match="not ready"):
