@@ -348,6 +348,7 @@ class Exchange:
             await self._compute(lambda: content_digest(units)),
             sum(map(len, units)),
             self._clock.monotonic() - state.opened_s,
+            plan.digest,
         )
         outcome = Outcome(header, sign(self._signer, OUTCOME_DOMAIN, header), tuple(units))
         self.hold(outcome)

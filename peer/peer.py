@@ -41,7 +41,7 @@ from peer.observe.metrics import Metrics, serve_http
 from peer.presence import Presence, PresenceConfig
 from peer.train.method import DataSource, Method
 from peer.transfer import serve_asset
-from protocols.events import Leaving, StateReady
+from protocols.events import Leaving, RecordSeen, StateReady
 from protocols.group import GroupConfig, GroupMachine
 from protocols.identity import Signer
 from protocols.messages import AssetQuery, Plan
@@ -367,9 +367,20 @@ async def _assemble(
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(RETURN_WAIT_S):
                 await connector.answered.wait()
+                await _look_around(net, driver)
     if first or learner.restored:
         driver.feed(StateReady(learner.round, learner.digest))
     return peer, driver, founded_ms
+
+
+async def _look_around(net: Network, driver: Driver) -> None:
+    """Read who is there: who knows its company from the start waits for it before it plans."""
+    remember = getattr(net.transport, "remember", None)
+    for record in await net.directory.members(driver.machine.config.run):
+        if record.peer != driver.machine.me:
+            if remember is not None:
+                remember(record.peer, record.addresses)
+            driver.feed(RecordSeen(record))
 
 
 def build_run(manifest: Manifest, assets: Path, config: PeerConfig) -> tuple[Method, DataSource]:

@@ -43,6 +43,9 @@ class CatchingUp:
         header = event.header
         if header.round != here.round:
             return []
+        if header.base and header.base != here.digest:
+            self._tries = FETCH_TRIES_MAX  # theirs is another history: only a state helps
+            return []
         if event.fetched and len(self._caught) < limits.AGGREGATORS_MAX:
             self._caught[header.start] = (header, event.signed)
         if here.current is not None and here.current.number == header.round:

@@ -113,6 +113,8 @@ class OutcomeHeader:
     content: DigestField
     content_bytes: Counter
     seconds: float
+    base: DigestField = b""
+    """Digest of the state that the round started from: on another one it means nothing."""
 
     def __post_init__(self) -> None:
         size = (self.stop - self.start + 7) // 8

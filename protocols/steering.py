@@ -20,6 +20,7 @@ from protocols.types import PeerId
 
 JOIN_MARGIN_S: Final = 0.7  # a round's roster grows only this long before contributions are due
 TRAIN_S_MIN: Final = 0.3
+COMPANY_S: Final = 2 * limits.CALL_TIMEOUT_S  # after two failed calls a member is suspected
 PATIENCE_S: Final = 6.0  # a coordinator that lives but plans nothing is passed over after this
 
 
@@ -34,12 +35,25 @@ class Steering:
         """Plan the next round or mend this one, if that is our office."""
         here = self._here
         settled = now_s - here.started_s >= SETTLE_S
-        if not settled or here.coordinator(now_s) != here.me:
+        if not settled or here.coordinator(now_s) != here.me or self._expects_company(now_s):
             return []
         seats = self._seats(now_s)
         if here.current is None:
             return self._next_round(seats, now_s)
         return self._mend_round(here.current, seats, now_s)
+
+    def _expects_company(self, now_s: float) -> bool:
+        """Whether nobody has answered us yet, and somebody still may.
+
+        Who goes on alone while its group is at work makes a history that it has to give up again.
+        """
+        here = self._here
+        arrived = here.current is not None or here.previous is not None
+        if arrived or now_s - here.started_s >= COMPANY_S:
+            return False
+        return not here.members.live(here.group, now_s) and any(
+            n.heard_s < 0 and not n.suspected for n in here.members.in_group(here.group)
+        )
 
     def bench_the_useless(self, now_s: float) -> None:
         """Pass over a coordinator that lives and does not plan, or does not mend its round."""

@@ -111,6 +111,7 @@ def _outcome_header(rng: random.Random) -> OutcomeHeader:
     return OutcomeHeader(
         RUN, GROUP, rng.randint(0, 2**48), rng.randint(0, 2**48), rng.randint(0, 16), start,
         start + units, contributors, rng.randbytes(32), rng.randint(0, 2**48), rng.uniform(0, 60),
+        rng.choice([b"", rng.randbytes(32)]),
     )  # fmt: skip
 
 

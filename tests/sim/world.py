@@ -396,6 +396,7 @@ class World:
         header = OutcomeHeader(
             plan.run, plan.group, plan.round, plan.epoch, effect.span, span.start, span.stop,
             tuple(Contributor(p, 100.0, b"") for p, _ in sorted(inside)), content, 1, 0.1,
+            plan.digest,
         )  # fmt: skip
         peer.content[content] = inside
         signed = sign(peer.signer, OUTCOME_DOMAIN, header)

@@ -1,0 +1,105 @@
+"""A peer that comes back with a past: it waits for its company, and knows its own history."""
+
+from __future__ import annotations
+
+import hashlib
+
+from protocols import limits
+from protocols.events import (
+    ApplyRound,
+    Effect,
+    Event,
+    FetchFinished,
+    FetchOutcomes,
+    FetchState,
+    OutcomeHeld,
+    Received,
+    RecordIssued,
+    RecordSeen,
+    SignPlan,
+    StateReady,
+    Tick,
+    Undelivered,
+)
+from protocols.group import GroupConfig, GroupMachine
+from protocols.messages import OUTCOME_DOMAIN, Hello, OutcomeHeader
+from protocols.records import sign, sign_record
+from protocols.standing import SETTLE_S
+from protocols.steering import COMPANY_S
+from protocols.types import Digest
+from tests.protocols.samples import GROUP, RUN, peer, record, signer
+
+ME, OTHER = 0, 1
+ROUND = 5
+MINE, THEIRS = Digest(hashlib.sha256(b"mine").digest()), Digest(hashlib.sha256(b"theirs").digest())
+
+
+class Returned:
+    """A machine that holds `ROUND` rounds and has heard of another member from the directory."""
+
+    def __init__(self, *, known: bool = True) -> None:
+        config = GroupConfig(run=RUN, units=8, site="a")
+        self.machine = GroupMachine(peer(ME), config, 0.0)
+        self.feed(StateReady(ROUND, MINE), 0.0)
+        own = record(ME)
+        self.feed(RecordIssued(sign_record(signer(ME), own), own), 0.0)
+        self.feed(Tick(), 0.0)
+        if known:
+            self.feed(RecordSeen(record(OTHER)), 0.0)
+
+    def feed(self, event: Event, now_s: float) -> list[Effect]:
+        return self.machine.handle(event, now_s)
+
+    def plans(self, now_s: float) -> bool:
+        return any(isinstance(e, SignPlan) for e in self.feed(Tick(), now_s))
+
+    def hears(self, number: int, digest: Digest, now_s: float) -> list[Effect]:
+        signed = sign_record(signer(OTHER), record(OTHER))
+        hello = Hello(limits.PROTOCOL_VERSION, RUN, signed, number, digest, True, False, 1000)
+        return self.feed(Received(peer(OTHER), hello), now_s)
+
+
+def test_who_knows_of_nobody_goes_on_alone_at_once() -> None:
+    assert Returned(known=False).plans(SETTLE_S)
+
+
+def test_who_knows_of_others_waits_for_their_answer_before_it_goes_on_alone() -> None:
+    returned = Returned()
+    assert not returned.plans(SETTLE_S)
+    assert not returned.plans(COMPANY_S - 0.1)
+    assert returned.plans(COMPANY_S), "nobody may hold it up for ever"
+
+
+def test_who_cannot_reach_the_others_it_knows_of_goes_on_alone() -> None:
+    returned = Returned()
+    assert not returned.plans(SETTLE_S)
+    failed = Undelivered(peer(OTHER), "failed to dial")
+    assert not [e for e in returned.feed(failed, SETTLE_S + 1) if isinstance(e, SignPlan)]
+    assert [e for e in returned.feed(failed, SETTLE_S + 2) if isinstance(e, SignPlan)]
+
+
+def test_who_is_answered_by_a_group_ahead_catches_up_and_plans_nothing() -> None:
+    returned = Returned()
+    effects = returned.hears(ROUND + 1, THEIRS, SETTLE_S)
+    assert [e for e in effects if isinstance(e, FetchOutcomes)]
+    assert not returned.plans(SETTLE_S + 0.1)
+
+
+def fetched(returned: Returned, base: bytes) -> list[Effect]:
+    """What comes of a fetched outcome that covers the round which the other has and we lack."""
+    returned.hears(ROUND + 1, THEIRS, SETTLE_S)
+    header = OutcomeHeader(RUN, GROUP, ROUND, 3, 0, 0, 8, (), bytes(32), 1, 0.1, base)
+    signed = sign(signer(OTHER), OUTCOME_DOMAIN, header)
+    effects = returned.feed(OutcomeHeld(peer(OTHER), header, signed, True), SETTLE_S + 0.1)
+    effects += returned.feed(FetchFinished(peer(OTHER), ROUND, 1, ""), SETTLE_S + 0.2)
+    return effects + returned.feed(Tick(), SETTLE_S + 1.0)
+
+
+def test_an_outcome_that_starts_from_our_state_is_applied() -> None:
+    assert [e for e in fetched(Returned(), MINE) if isinstance(e, ApplyRound)]
+
+
+def test_an_outcome_of_another_history_is_not_applied_and_the_state_is_fetched() -> None:
+    effects = fetched(Returned(), THEIRS)
+    assert not [e for e in effects if isinstance(e, ApplyRound)]
+    assert [e.donor for e in effects if isinstance(e, FetchState)] == [peer(OTHER)]
