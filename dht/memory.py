@@ -78,6 +78,9 @@ class MemoryDirectory:
     async def _read(self, run: RunId, cells: list[str]) -> list[list[PeerRecord]]:
         return [self._board.read(run, cell) for cell in cells]
 
+    def _write(self, cell: str, record: PeerRecord) -> bool:
+        return self._board.write(cell, record)
+
     async def publish_record(self, signed: bytes, *, contact: bool = True) -> bool:
         try:
             record = self._board.rules.record(signed)
@@ -86,7 +89,7 @@ class MemoryDirectory:
         if not is_current(record, self._board.clock()):
             return False
         cells = await self._index.cells_to_show(record, contact=contact)
-        taken = [self._board.write(cell, record) for cell in cells]
+        taken = [self._write(cell, record) for cell in cells]
         return all(taken)
 
     async def members(self, run: RunId) -> list[PeerRecord]:

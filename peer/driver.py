@@ -127,12 +127,17 @@ class AppliedFacts:
 class Learner(Protocol):
     """Training, as the driver needs it. Every call leaves the event loop free."""
 
-    round: int
-    """Rounds in the outer state."""
-    digest: Digest
-    """Of the outer state."""
-    tensors: tuple[TensorNote, ...]
-    """The outer state's layout."""
+    @property
+    def round(self) -> int:
+        """Rounds in the outer state."""
+
+    @property
+    def digest(self) -> Digest:
+        """Of the outer state."""
+
+    @property
+    def tensors(self) -> tuple[TensorNote, ...]:
+        """The outer state's layout."""
 
     async def take(self, number: int) -> Taken: ...
 
@@ -476,8 +481,11 @@ class Driver:
             state = await fetch_state(
                 self.transport, donor, self.machine.config.run, self.learner.tensors
             )
-        except (TransportError, RefusedError) as error:
-            self.feed(StateFailed(donor, str(error)))
+        except RefusedError as error:
+            self.feed(StateFailed(donor, str(error), busy=error.status == LATER))
+            return
+        except TransportError as error:
+            self.feed(StateFailed(donor, error.reason))
             return
         except RemoteProtocolError as error:
             self.refused(error)

@@ -21,6 +21,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
+import numpy as np
+import numpy.typing as npt
+
 from peer.clock import SYSTEM, Clock
 from peer.net.transport import Stream, Transport, TransportError
 from peer.train.method import Contribution, Reducer
@@ -507,6 +510,22 @@ class Exchange:
                 units, size = [], 0
         finally:
             await stream.close()
+
+
+def included_units(outcomes: list[Outcome], me: PeerId) -> npt.NDArray[np.bool_]:
+    """For every unit whether `me`'s contribution is inside its mean."""
+    parts: list[npt.NDArray[np.bool_]] = []
+    for outcome in outcomes:
+        size = outcome.header.stop - outcome.header.start
+        mine = next((c for c in outcome.header.contributors if c.peer == me), None)
+        if mine is None:
+            parts.append(np.zeros(size, np.bool_))
+        elif not mine.mask:
+            parts.append(np.ones(size, np.bool_))
+        else:
+            bits = np.unpackbits(np.frombuffer(mine.mask, np.uint8), bitorder="little")
+            parts.append(bits[:size].astype(np.bool_))
+    return np.concatenate(parts) if parts else np.zeros(0, np.bool_)
 
 
 # ── helpers ──────────────────────────────────────────────────────────────────────────────

@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Final, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from peer.checkpoint import CheckpointStore, SavedInfo
 from peer.driver import AppliedFacts, Taken
 from peer.errors import StorageError
-from peer.exchange import Outcome
+from peer.exchange import Outcome, included_units
 from peer.observe import events as ev
 from peer.train.method import ArrayMap, DataSource, Method
 from peer.train.shared import SharedStream
@@ -388,22 +387,6 @@ def _noted(header: bytes) -> list[Entry]:
     except SchemaError:
         return []
     return [Entry(c.peer, c.blocks, int.from_bytes(c.cover, "little")) for c in note.contributors]
-
-
-def included_units(outcomes: list[Outcome], me: PeerId) -> npt.NDArray[np.bool_]:
-    """For every unit whether `me`'s contribution is inside its mean."""
-    parts: list[npt.NDArray[np.bool_]] = []
-    for outcome in outcomes:
-        size = outcome.header.stop - outcome.header.start
-        mine = next((c for c in outcome.header.contributors if c.peer == me), None)
-        if mine is None:
-            parts.append(np.zeros(size, np.bool_))
-        elif not mine.mask:
-            parts.append(np.ones(size, np.bool_))
-        else:
-            bits = np.unpackbits(np.frombuffer(mine.mask, np.uint8), bitorder="little")
-            parts.append(bits[:size].astype(np.bool_))
-    return np.concatenate(parts) if parts else np.zeros(0, np.bool_)
 
 
 def _layout(method: Method) -> tuple[tuple[TensorNote, ...], Digest]:

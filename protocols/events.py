@@ -73,6 +73,8 @@ class StateFailed:
 
     donor: PeerId
     reason: str
+    busy: bool = False
+    """It serves others just now and may be asked again soon."""
 
 
 @dataclass(frozen=True, slots=True)

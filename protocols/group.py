@@ -193,8 +193,8 @@ class GroupMachine:
                 return self._company.record_issued(event, now_s)
             case StateReady(number, digest):
                 return self._state_ready(number, digest, now_s)
-            case StateFailed(donor, _):
-                self._healing.failed(donor, now_s)
+            case StateFailed(donor, _, busy):
+                self._healing.failed(donor, now_s, busy=busy)
             case ContributionOffered(sender, header):
                 here.own_run(sender, header.run)
                 here.round_for(sender, header.group, header.round).check_offer(sender, header)

@@ -7,6 +7,7 @@ while, twice as long each time.
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter as Tally
 from typing import Final
 
@@ -44,11 +45,15 @@ class Healing:
     def fetched(self) -> None:
         """The state came."""
         self._fetch = None
+        self._bad_donors.clear()
 
-    def failed(self, donor: PeerId, now_s: float) -> None:
-        """The donor could not give it."""
+    def failed(self, donor: PeerId, now_s: float, *, busy: bool = False) -> None:
+        """The donor could not give it, or is `busy` with other newcomers: that is no fault."""
         self._fetch = None
-        self._avoid(donor, now_s)
+        if busy:
+            self._bad_donors[donor] = (now_s + RETRY_S, RETRY_S)
+        else:
+            self._avoid(donor, now_s)
 
     def expire(self, now_s: float) -> None:
         """Give up a donor that took too long."""
@@ -77,11 +82,14 @@ class Healing:
         return self.fetch_state(donors, now_s, step_back=True)
 
     def donors(self, now_s: float) -> list[Neighbour]:
-        """Peers with the run's state: our group's first, then those with most history."""
+        """Peers with the run's state: our group's first, then those with most history.
+
+        Of equals each newcomer asks another first, so that a crowd does not queue at one door.
+        """
         here = self._here
         return sorted(
             (n for n in here.members.everybody() if n.ready and not n.suspected and n.heard_s > 0),
-            key=lambda n: (n.group != here.group, -n.round, n.record.peer),
+            key=lambda n: (n.group != here.group, -n.round, _lot(here.me, n.record.peer)),
         )
 
     def _avoid(self, donor: PeerId, now_s: float) -> None:
@@ -142,7 +150,12 @@ class Healing:
             return []
         donors = [n for n in same_round if n.digest == winner]
         effects = self.fetch_state(donors, now_s)
-        if effects:
-            donor = donors[0].record.peer
-            effects.insert(0, Differed(here.round, here.digest, winner, donor))
+        for effect in effects[:1]:
+            if isinstance(effect, FetchState):
+                effects.insert(0, Differed(here.round, here.digest, winner, effect.donor))
         return effects
+
+
+def _lot(asker: PeerId, donor: PeerId) -> bytes:
+    """An order of donors that is each asker's own, and always the same."""
+    return hashlib.sha256(f"{asker}\x00{donor}".encode()).digest()

@@ -18,6 +18,7 @@ _EXAMPLES: Final = (
     ("status", "what it is doing now"),
     ('sample "def main"', "what the model says so far"),
     ("leave", "politely; a join later goes on from there"),
+    ("simulate", "a network that is not there yet"),
 )
 
 
@@ -153,6 +154,70 @@ def start(file: File, options: JoinOptions) -> int:
     from peer.cli.join import join
 
     return join(options, file)
+
+
+@app.command(
+    rich_help_panel="Plan",
+    epilog="python -m peer simulate --seed 7 --svg storm.svg\n\n"
+    "python -m peer simulate --peers 32 --faults-per-hour 125 --loss 5 --minutes 60\n\n"
+    "python -m peer simulate --peers 16 --parameters 8b --rate 500mbit --round 30\n\n"
+    "The peers run this program's own protocol code; machines, lines and training are simulated."
+    " Equal options give equal histories. Exit code 1: a promise was broken; the replay command is"
+    " shown.",
+)
+def simulate(
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Draws the scenario.", show_default="a fresh one")
+    ] = None,
+    peers: Annotated[
+        int | None, typer.Option(help="How many.", show_default="2 to 64, drawn")
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Simulated time.", show_default="3 to 5, drawn")
+    ] = None,
+    faults_per_hour: Annotated[
+        float | None,
+        typer.Option(
+            min=0, help="Crashes, outages, freezes, partitions ...", show_default="drawn"
+        ),
+    ] = None,
+    sites: Annotated[
+        int | None, typer.Option(min=1, help="Places.", show_default="drawn, or peers / 8")
+    ] = None,
+    parameters: Annotated[
+        str | None,
+        typer.Option(metavar="N", help="Of the model, e.g. 8b.", show_default="drawn, or 10m"),
+    ] = None,
+    rate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RATE", help="Of every line, both ways.", show_default="drawn, or 100mbit"
+        ),
+    ] = None,
+    loss: Annotated[
+        float | None,
+        typer.Option(metavar="PERCENT", help="Of packets.", show_default="drawn, or 0"),
+    ] = None,
+    round_s: Annotated[
+        float | None,
+        typer.Option(
+            "--round", min=1, metavar="SECONDS", help="From one round to the next.",
+            show_default="drawn, or 30",
+        ),
+    ] = None,
+    svg: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw peers by time.", show_default=False)
+    ] = None,
+    output: Output = Format.text,
+) -> int:  # fmt: skip
+    """See what a network would do, before there is one: in virtual time."""
+    from peer.cli.simulate import simulate
+
+    return simulate(
+        seed=seed, peers=peers, minutes=minutes, faults_per_hour=faults_per_hour, sites=sites,
+        parameters=parameters, rate=rate, loss_percent=loss, round_s=round_s, svg=svg,
+        as_json=output is Format.json,
+    )  # fmt: skip
 
 
 app.add_typer(runs, name="run", rich_help_panel="Take part")

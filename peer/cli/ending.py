@@ -15,7 +15,7 @@ INTERRUPTED: Final = 130
 
 EXIT_CODES: Final = (
     (0, "done; or left politely, as asked"),
-    (BUG, "a bug in this program (a traceback is shown)"),
+    (BUG, "a bug in this program (a traceback is shown); or a simulated promise was broken"),
     (2, "the command line makes no sense, or an address is no peer's"),
     (3, "the manifest is wrong; the field is named"),
     (4, "the data is missing, empty or not text"),

@@ -59,11 +59,11 @@ async def answer(
 ) -> bytes:
     """The coded answer to one inbound call. Never raises: a bug here must not kill a transport."""
     if handler is None:
-        return _absence("not ready")
+        return absence("not ready")
     if len(request) > limits.CONTROL_BYTES_MAX:
-        return _refusal(f"request of {len(request)} bytes is too large")
+        return refusal(f"request of {len(request)} bytes is too large")
     if not slots.enter(sender):
-        return _refusal("too many calls in progress")
+        return refusal("too many calls in progress")
     task = asyncio.ensure_future(handler(sender, request))
     try:
         await asyncio.wait({task})
@@ -71,15 +71,15 @@ async def answer(
         task.cancel()
         slots.leave(sender)
     if task.cancelled():
-        return _absence("shutting down")
+        return absence("shutting down")
     error = task.exception()
     if isinstance(error, RemoteProtocolError):
-        return _refusal(error.reason)
+        return refusal(error.reason)
     if error is None and len(task.result()) > limits.CONTROL_BYTES_MAX:
         error = LocalProtocolError(f"response of {len(task.result())} bytes is too large")
     if error is not None:
         _tell_loop(f"the handler of a call from {sender} failed", error)
-        return _refusal("internal error")
+        return refusal("internal error")
     return OK + task.result()
 
 
@@ -116,9 +116,11 @@ def _tell_loop(message: str, error: BaseException) -> None:
     asyncio.get_running_loop().call_exception_handler({"message": message, "exception": error})
 
 
-def _absence(reason: str) -> bytes:
+def absence(reason: str) -> bytes:
+    """The coded answer of a process that serves nothing now."""
     return ABSENT + reason.encode()
 
 
-def _refusal(reason: str) -> bytes:
+def refusal(reason: str) -> bytes:
+    """The coded answer that says no, and why."""
     return REFUSED + reason.encode()[: limits.TEXT_CHARS_MAX]

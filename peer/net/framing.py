@@ -21,12 +21,12 @@ import contextlib
 import struct
 import zlib
 from collections.abc import Callable
-from typing import Final
+from typing import Final, Protocol
 
 from peer.net.budget import UploadBudget
 from peer.net.calls import Slots
 from peer.net.pipe import Pipe
-from peer.net.transport import Frame, StreamHandler, TransportError
+from peer.net.transport import Frame, Stream, StreamHandler, TransportError
 from protocols import limits
 from protocols.errors import LocalProtocolError, RemoteProtocolError
 from protocols.types import PeerId
@@ -281,7 +281,14 @@ def _header(left: int, length: int, kind: int) -> bytes:
     return fields + zlib.crc32(fields).to_bytes(4)
 
 
-async def serve_stream(stream: FramedStream, handler: StreamHandler | None, slots: Slots) -> None:
+class Inbound(Stream, Protocol):
+    """A stream that somebody else opened."""
+
+    async def refuse(self, reason: str) -> None:
+        """Tell the far side why nothing more will come."""
+
+
+async def serve_stream(stream: Inbound, handler: StreamHandler | None, slots: Slots) -> None:
     """Run `handler` and close the stream: with an orderly end if it returned.
 
     A RemoteProtocolError is told to the far side; any other error is the caller's to report.

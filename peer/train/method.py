@@ -14,13 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from tensorcodecs import Reduced
+
+if TYPE_CHECKING:
+    import torch  # the interface needs no more of it than a name
 
 ArrayMap = dict[str, npt.NDArray[Any]]
 
