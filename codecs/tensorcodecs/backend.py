@@ -29,6 +29,9 @@ def kernels() -> ModuleType | None:
         return None
     with _saying_so(log.info):
         try:
+            from tensorcodecs.jit import without_scipy
+
+            without_scipy()
             from tensorcodecs import kernels as compiled
         except ImportError:
             log.info("numba is not installed: codecs run on numpy and zstd, about 20 times slower")

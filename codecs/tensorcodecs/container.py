@@ -37,7 +37,7 @@ VERSION: Final = 1
 _HEAD: Final = struct.Struct("<4sBBH32sQI")
 _CHECKSUM: Final = struct.Struct("<I")
 _START: Final = _HEAD.size + _CHECKSUM.size
-_BATCH: Final = 8
+_BATCH: Final = 64  # chunks read in one call, whose error names them
 
 
 def pack_vector(x_N: Float32, layout: Layout, codec: Codec) -> bytes:
@@ -111,7 +111,7 @@ class Container:
         self._walk(acc_N, first, np.float32(weight))
 
     def _walk(self, out_N: Float32, first: int, weight: np.float32 | None) -> None:
-        """Batches of chunks, small enough for the core's cache; added if there is a weight."""
+        """Batch by batch; added if there is a weight."""
         require_vector(out_N, 2**62)
         at = first * CHUNK_VALUES
         if at + len(out_N) > self.numel or (

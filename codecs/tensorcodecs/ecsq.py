@@ -20,9 +20,8 @@ or the packed digits, raw or by zstd.
 from __future__ import annotations
 
 import struct
-import threading
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -34,10 +33,8 @@ from tensorcodecs.frame import (
     CHECKED,
     FIXED,
     HEADER,
-    MAGIC,
     OWN,
     RAW,
-    VERSION,
     ZERO,
     ZSTD,
     Bytes,
@@ -45,18 +42,18 @@ from tensorcodecs.frame import (
     Frame,
     Payload,
     assemble,
-    checksum_of,
     compressed,
     refuse_values,
     require_vector,
     scratch,
     seal,
 )
-from tensorcodecs.huffman import Table, Weights, level_table, show_weights, shown_weights
+from tensorcodecs.huffman import LENGTH_MAX, LOOKUP, SYMBOLS, Table, Weights, level_table, show_weights, shown_weights
 from tensorcodecs.layout import CHUNK_VALUES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from types import ModuleType
 
 CODEC_ID: Final = 4
 RATE_MIN: Final = 0.45
@@ -65,6 +62,10 @@ _BATCH: Final = 8  # chunks from one pass to the next: what a core's cache still
 _CLIP: Final = 1.25  # how far beyond the last level's edge a value may lie; 1 to 2 were measured
 _OWN_GAIN: Final = 0.02  # what a chunk's own table must save: building one takes a millisecond
 _FLOAT: Final = struct.Struct("<f")
+_PAST_CACHE_BYTES: Final = 16 * 2**20  # half of a large core complex's last cache
+_BITS_AT: Final = 10  # in a header
+_TABLE_AT: Final = 11
+_SEALED_FROM: Final = CHECKED + 241  # shorter frames' checksums go by other rules: see `seal`
 _STEP: Final = struct.Struct("<h")
 _SPARSE_BITS: Final = 0.4  # per value: below, zstd finds runs that a code per symbol can't use
 
@@ -135,27 +136,45 @@ _TABLES: Final[dict[int, tuple[Weights, ...]]] = {
 }
 
 
-class Tables(NamedTuple):
-    """The shipped tables of one width, side by side for the kernels."""
+class Tables:
+    """The shipped tables of one width, side by side for the kernels.
 
-    tables: tuple[Table, ...]
-    cost_TL: npt.NDArray[np.int64]
-    """1/256 bits per level of each magnitude, its sign included."""
-    entry_TS: npt.NDArray[np.uint32]
-    lookup_TW: npt.NDArray[np.uint32]
+    Each is built when it is first asked for: that takes a millisecond, and few are ever used.
+    """
+
+    def __init__(self, bits: int) -> None:
+        self._bits = bits
+        self._weights = _TABLES[bits]
+        count = len(self._weights)
+        self.cost_TL = np.stack([_costs(w) for w in self._weights])
+        """1/256 bits per level of each magnitude, its sign included."""
+        self.ready_T = np.zeros(count, np.bool_)
+        """Which rows of the next two are there."""
+        self.entry_TS = np.zeros((count, SYMBOLS), np.uint32)
+        self.lookup_TW = np.zeros((count, 1 << LENGTH_MAX), LOOKUP)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+    def build(self, number: int) -> Table:
+        """Table `number`, ready for the kernels from now on. Safe in any thread."""
+        table = level_table(self._bits, self._weights[number])
+        if not self.ready_T[number]:
+            self.entry_TS[number] = table.entry_S
+            self.lookup_TW[number] = table.lookup_W
+            self.ready_T[number] = True
+        return table
+
+    @property
+    def tables(self) -> tuple[Table, ...]:
+        """All of them."""
+        return tuple(map(self.build, range(len(self))))
 
 
 @lru_cache(maxsize=3)
 def shipped_tables(bits: int) -> Tables:
     """Of levels of so many bits."""
-    weights = _TABLES[bits]
-    tables = tuple(level_table(bits, w) for w in weights)
-    return Tables(
-        tables,
-        np.stack([_costs(w) for w in weights]),
-        np.stack([t.entry_S for t in tables]),
-        np.stack([t.lookup_W for t in tables]),
-    )
+    return Tables(bits)
 
 
 def _costs(weights: Weights) -> npt.NDArray[np.int64]:
@@ -173,19 +192,6 @@ def _log2_256(value: int) -> int:
         result = result << 1 | mantissa >> 33
         mantissa >>= mantissa >> 33
     return result
-
-
-class _Scratch(threading.local):
-    def __init__(self) -> None:
-        self.out: Bytes = np.empty(0, np.uint8)
-
-    def room(self, size: int) -> Bytes:
-        if len(self.out) < size:
-            self.out = np.empty(size, np.uint8)
-        return self.out
-
-
-_scratch: Final = _Scratch()
 
 
 class Ecsq:
@@ -269,17 +275,23 @@ class Ecsq:
             return
         chunk = min(CHUNK_VALUES, len(x_N))
         pitch = HEADER.size + 2 * chunk + 1024
-        out = _scratch.room(_BATCH * pitch)
+        out = scratch.room(_BATCH * pitch)
+        shipped = self.shipped
         for first in range(0, len(x_N), _BATCH * CHUNK_VALUES):
             part = x_N[first : first + _BATCH * CHUNK_VALUES]
             units = -(-len(part) // CHUNK_VALUES)
             count_UL = np.zeros((units, 8), np.int64)
             info_U = np.zeros((units, 3), np.int64)
-            compiled.encode_chunks(
-                part, CHUNK_VALUES, self.square, self.reach, self.bits, self.shipped.cost_TL,
-                self.shipped.entry_TS, out[HEADER.size :], pitch, count_UL, info_U,
-                scratch.symbols, scratch.literals,
-            )  # fmt: skip
+            done = 0
+            while done < units:
+                done += compiled.encode_chunks(
+                    part[done * CHUNK_VALUES :], CHUNK_VALUES, self.square, self.reach, self.bits,
+                    _kind(self.bits), self.parameter, shipped.cost_TL, shipped.ready_T,
+                    shipped.entry_TS, out[done * pitch :], HEADER.size, pitch, count_UL[done:],
+                    info_U[done:], scratch.symbols, scratch.literals,
+                )  # fmt: skip
+                if done < units:
+                    shipped.build(int(info_U[done, 1]))
             own_U = self.wants_own(count_UL, info_U)
             for unit in range(units):
                 values = part[unit * CHUNK_VALUES : (unit + 1) * CHUNK_VALUES]
@@ -290,10 +302,13 @@ class Ecsq:
                 if size == 0:
                     yield self.zero_frame(len(values))
                 else:
-                    frame: bytes | memoryview = seal(
-                        out[unit * pitch :], size, CODEC_ID, FIXED, len(values), self.parameter,
-                        bits=self.bits, table=table,
-                    )  # fmt: skip
+                    at = unit * pitch
+                    frame: bytes | memoryview = out.data[at : at + HEADER.size + size]
+                    if len(frame) < _SEALED_FROM:
+                        frame = seal(
+                            out[at:], size, CODEC_ID, FIXED, len(values), self.parameter,
+                            bits=self.bits, table=table,
+                        )  # fmt: skip
                     if own_U[unit] or len(frame) >= self.bytes_max(len(values)):
                         own = bool(own_U[unit])
                         frame = self._smallest(values, bytes(frame), count_UL[unit], own=own)
@@ -323,9 +338,9 @@ class Ecsq:
         out[HEADER.size : start] = np.frombuffer(shown, np.uint8)
         info_U = np.zeros((1, 3), np.int64)
         compiled.encode_chunks(
-            x_N, CHUNK_VALUES, self.square, self.reach, self.bits,
-            np.zeros((1, len(shown)), np.int64), table.entry_S[None], out[start:], room,
-            np.zeros((1, 8), np.int64), info_U, scratch.symbols, scratch.literals,
+            x_N, CHUNK_VALUES, self.square, self.reach, self.bits, 0, 0,
+            np.zeros((1, len(shown)), np.int64), np.ones(1, np.bool_), table.entry_S[None], out,
+            start, len(out), np.zeros((1, 8), np.int64), info_U, scratch.symbols, scratch.literals,
         )  # fmt: skip
         size = len(shown) + int(info_U[0, 0])
         return bytes(
@@ -444,15 +459,17 @@ class Ecsq:
     def _read_many(
         self, payloads: Sequence[Payload], out_N: Float32, weight: np.float32, *, add: bool
     ) -> None:
+        past_cache = _past_cache(out_N, add=add)
         for first in range(0, len(payloads), _BATCH):
             batch = payloads[first : first + _BATCH]
             data = batch[0] if len(batch) == 1 else b"".join(batch)
             stop_U = np.cumsum([len(p) for p in batch])
             start_U = stop_U - [len(p) for p in batch]
             at = first * CHUNK_VALUES
-            self.decode_packed(
-                data, start_U, stop_U, out_N[at : at + _BATCH * CHUNK_VALUES], weight, add=add
-            )
+            self._decode(
+                data, start_U, stop_U, out_N[at : at + _BATCH * CHUNK_VALUES], weight,
+                add=add, past_cache=past_cache,
+            )  # fmt: skip
 
     def decode_packed(
         self,
@@ -469,61 +486,116 @@ class Ecsq:
         Raises:
             DecodeError: one of them is not an intact frame of its chunk.
         """
+        past_cache = _past_cache(out_N, add=add)
+        self._decode(data, start_U, stop_U, out_N, weight, add=add, past_cache=past_cache)
+
+    def _decode(
+        self, data: Payload, start_U: npt.NDArray[np.int64], stop_U: npt.NDArray[np.int64],
+        out_N: Float32, weight: np.float32, *, add: bool, past_cache: bool,
+    ) -> None:  # fmt: skip
         view = memoryview(data).cast("B")
         array = np.frombuffer(view, np.uint8)
+        start_U, stop_U = np.ascontiguousarray(start_U), np.ascontiguousarray(stop_U)
         compiled = kernels()
-        starts, stops = start_U.tolist(), stop_U.tolist()
-        for first in range(0, len(starts), _BATCH):
-            bodies: dict[int, list[tuple[int, int, int, int]]] = {}
-            for unit in range(first, min(first + _BATCH, len(starts))):
-                at = unit * CHUNK_VALUES
-                numel = min(CHUNK_VALUES, len(out_N) - at)
-                begin, end = starts[unit], stops[unit]
-                if compiled is not None and (usual := _usual(view[begin:end], numel)) is not None:
-                    bits, number = usual
-                    body = (unit, begin + HEADER.size, end, number)
-                    bodies.setdefault(bits, []).append(body)
-                    continue
-                frame = Frame.parse(view[begin:end], CODEC_ID, numel)
-                start = begin + HEADER.size
-                if compiled is None or frame.bits not in _TABLES:
-                    _read_plain(frame, out_N[at : at + numel], weight, add=add)
-                elif frame.mode == FIXED:
-                    if frame.table >= len(_TABLES[frame.bits]):
-                        raise DecodeError(f"table {frame.table} is not known")
-                    bodies.setdefault(frame.bits, []).append((unit, start, end, frame.table))
-                elif frame.mode == OWN:
-                    table, shown = _own_table(frame)
-                    alone = [(unit, start + shown, end, 0)]
-                    _decode_coded(
-                        array, frame.bits, table.lookup_W[None], alone, out_N, weight, add=add
-                    )
-                else:
-                    _read_plain(frame, out_N[at : at + numel], weight, add=add)
-            for bits, found_U in bodies.items():
-                lookup_TW = shipped_tables(bits).lookup_TW
-                _decode_coded(array, bits, lookup_TW, found_U, out_N, weight, add=add)
+        unit = 0
+        while unit < len(start_U):
+            if compiled is not None:
+                unit = _decode_usual(
+                    compiled, array, start_U, stop_U, unit, out_N, weight, add, past_cache
+                )
+                if unit == len(start_U):
+                    return
+            at = unit * CHUNK_VALUES
+            piece_N = out_N[at : at + CHUNK_VALUES]
+            frame = Frame.parse(
+                view[int(start_U[unit]) : int(stop_U[unit])], CODEC_ID, len(piece_N)
+            )
+            _decode_one(compiled, frame, piece_N, weight, add=add)
+            unit += 1
 
 
-def _usual(frame: memoryview, numel: int) -> tuple[int, int] | None:
-    """(bits, table) of an intact frame coded with a shipped table, by the shortest way; None for
-    whatever else it may be."""
-    if len(frame) < HEADER.size:
-        return None
-    magic, version, checksum, codec, mode, bits, table, values, _, size = HEADER.unpack_from(frame)
-    if (
-        magic == MAGIC
-        and version == VERSION
-        and codec == CODEC_ID
-        and mode == FIXED
-        and values == numel
-        and size == len(frame) - HEADER.size
-        and bits in _TABLES
-        and table < len(_TABLES[bits])
-        and checksum == checksum_of(frame[CHECKED:])
-    ):
-        return bits, table
-    return None
+def _past_cache(out_N: Float32, *, add: bool) -> bool:
+    """Whether decoding should write to memory itself: nobody finds such a vector in a cache."""
+    return not add and out_N.nbytes >= _PAST_CACHE_BYTES
+
+
+def _kind(bits: int) -> int:
+    """Codec, mode and bits of the usual frame, as they follow each other in a header."""
+    return CODEC_ID | FIXED << 8 | bits << 16
+
+
+def _decode_usual(
+    compiled: ModuleType,
+    data: Bytes,
+    start_U: npt.NDArray[np.int64],
+    stop_U: npt.NDArray[np.int64],
+    first: int,
+    out_N: Float32,
+    weight: np.float32,
+    add: bool,
+    past_cache: bool,
+) -> int:
+    """Decode frames from the `first` on, as long as they are coded with shipped tables of one
+    width; the number of the first that is not.
+
+    Raises:
+        DecodeError: one of them is not what an encoder sends.
+    """
+    if stop_U[first] - start_U[first] < HEADER.size:
+        return first
+    bits = int(data[start_U[first] + _BITS_AT])
+    if bits not in _TABLES:
+        return first
+    shipped = shipped_tables(bits)
+    while True:
+        found = int(compiled.decode_frames(
+            data, start_U, stop_U, first, bits, _kind(bits), shipped.ready_T, shipped.lookup_TW,
+            out_N, CHUNK_VALUES, add, past_cache, weight, scratch.symbols, scratch.escapes,
+            scratch.bytes,
+        ))  # fmt: skip
+        first, fault = divmod(found, 16)
+        if fault == compiled.NO_TABLE:
+            shipped.build(int(data[start_U[first] + _TABLE_AT]))
+        elif fault in plain.FAULTS:
+            raise DecodeError(plain.FAULTS[fault])
+        else:
+            return first
+
+
+def _decode_one(
+    compiled: ModuleType | None, frame: Frame, out_N: Float32, weight: np.float32, *, add: bool
+) -> None:
+    """A frame of any mode and width.
+
+    Raises:
+        DecodeError: it is not what an encoder sends.
+    """
+    body = np.frombuffer(frame.body, np.uint8)
+    if compiled is None or frame.bits not in _TABLES or frame.mode not in (FIXED, OWN):
+        _read_plain(frame, out_N, weight, add=add)
+        return
+    if frame.mode == FIXED:
+        table, start = _shipped_table(frame), 0
+    else:
+        table, start = _own_table(frame)
+    fault = compiled.decode_frames(
+        body, np.array([start]), np.array([len(body)]), 0, frame.bits, 0, np.ones(1, np.bool_),
+        table.lookup_W[None], out_N, CHUNK_VALUES, add, False, weight, scratch.symbols,
+        scratch.escapes, scratch.bytes,
+    )  # fmt: skip
+    if int(fault) != 16:
+        raise DecodeError(plain.FAULTS[int(fault)])
+
+
+def _shipped_table(frame: Frame) -> Table:
+    """
+    Raises:
+        DecodeError: no such table is shipped.
+    """
+    shipped = shipped_tables(frame.bits)
+    if frame.table >= len(shipped):
+        raise DecodeError(f"table {frame.table} is not known")
+    return shipped.build(frame.table)
 
 
 def _own_table(frame: Frame) -> tuple[Table, int]:
@@ -536,28 +608,6 @@ def _own_table(frame: Frame) -> tuple[Table, int]:
     if frame.table or len(frame.body) < size:
         raise DecodeError("a code table that is not complete")
     return level_table(frame.bits, shown_weights(bytes(frame.body[:size]))), size
-
-
-def _decode_coded(
-    data: Bytes,
-    bits: int,
-    lookup_TW: npt.NDArray[np.uint32],
-    bodies: list[tuple[int, int, int, int]],
-    out_N: Float32,
-    weight: np.float32,
-    *,
-    add: bool,
-) -> None:
-    """(unit, start, stop, table) each: bodies that the compiled loops read in one call."""
-    compiled = kernels()
-    assert compiled is not None
-    unit_U, start_U, stop_U, table_U = np.array(bodies, np.int64).T.copy()
-    fault = compiled.decode_chunks(
-        data, start_U, stop_U, bits, unit_U, table_U, lookup_TW, out_N,
-        CHUNK_VALUES, add, weight, scratch.symbols, scratch.bytes,
-    )  # fmt: skip
-    if fault:
-        raise DecodeError(plain.FAULTS[int(fault) % 16])
 
 
 def _read_plain(frame: Frame, out_N: Float32, weight: np.float32, *, add: bool) -> None:
@@ -593,7 +643,7 @@ def _read_plain(frame: Frame, out_N: Float32, weight: np.float32, *, add: bool) 
         digit_N = plain.unpack_digits(packed, numel, bits)
     else:
         if frame.mode == FIXED:
-            table = shipped_tables(bits).tables[frame.table]
+            table = _shipped_table(frame)
         symbol_T = plain.read_section(rest, plain.length_of(numel, plain.planes_of(bits)), table)
         digit_N = plain.digits_of(symbol_T, numel, bits)
     value_N = plain.values_of(digit_N, book, scale_B)

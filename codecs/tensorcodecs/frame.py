@@ -78,9 +78,18 @@ class _Scratch(threading.local):
         self.bytes: Bytes = np.empty(4 * CHUNK_VALUES, np.uint8)
         self.symbols: Words = np.empty(CHUNK_VALUES + 512, np.uint16)
         self.literals: Words = np.empty(CHUNK_VALUES + 512, np.uint16)
+        self.escapes: npt.NDArray[np.uint32] = np.empty(CHUNK_VALUES + 512, np.uint32)
         self.compressor = zstandard.ZstdCompressor(compression_params=_PARAMETERS)
         # The window is what a hostile frame could make zstd allocate.
         self.decompressor = zstandard.ZstdDecompressor(max_window_size=FRAME_VALUES_MAX)
+
+        self._room: Bytes = np.empty(0, np.uint8)
+
+    def room(self, size: int) -> Bytes:
+        """At least `size` bytes to build frames in, which stay until the next time."""
+        if len(self._room) < size:
+            self._room = np.empty(size, np.uint8)
+        return self._room
 
     def body(self, size: int) -> Bytes:
         """`size` bytes to build side and plane in; frames above one chunk get fresh memory."""

@@ -36,6 +36,9 @@ _FLAG: Final = 0x40  # in an encoder's entry: a literal follows at the chunk's e
 _PACKAGE_MAX: Final = 2**61
 _TABLES_KEPT: Final = 64  # strangers choose tables; each takes 53 KiB
 
+LOOKUP: Final = np.uint32
+"""What a decoder's table consists of."""
+
 Weights = tuple[int, ...]
 """Of a level's magnitude 0, and of each magnitude above it with either sign."""
 

@@ -378,7 +378,7 @@ def read_section(section: memoryview, length: int, table: Table) -> Symbols:
     symbol_T = scratch.symbols[: -(-length // GROUP) * GROUP]
     symbol_T[length:] = 0
     data = np.frombuffer(section, np.uint8)
-    fault = compiled.decode_section(data, table.lookup_W, symbol_T, length, scratch.bytes)
+    fault = compiled.decode_section(data, table.lookup_W, symbol_T, length, scratch.bytes, scratch.escapes)
     if fault:
         raise DecodeError(FAULTS[int(fault)])
     return symbol_T[:length]

@@ -22,7 +22,6 @@ Shape suffixes: N = values, S = segments, E = sent values, M = moduli, R = ratio
 from __future__ import annotations
 
 import struct
-import threading
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
@@ -41,6 +40,7 @@ from tensorcodecs.frame import (
     assemble,
     refuse_values,
     require_vector,
+    scratch,
     seal,
 )
 from tensorcodecs.layout import CHUNK_VALUES
@@ -88,19 +88,6 @@ FAULTS: Final = {
 """What the compiled reader's codes mean."""
 
 
-class _Scratch(threading.local):
-    def __init__(self) -> None:
-        self.out: Bytes = np.empty(0, np.uint8)
-
-    def room(self, size: int) -> Bytes:
-        if len(self.out) < size:
-            self.out = np.empty(size, np.uint8)
-        return self.out
-
-
-_scratch: Final = _Scratch()
-
-
 class Sparse:
     """The `kept` largest of every 4096 values, in proportion of a shorter last segment, at least 1.
 
@@ -138,7 +125,7 @@ class Sparse:
             return self._encode_plain(x_N)
         numel, segments = len(x_N), segments_of(len(x_N))
         # The writer stores eight bytes at a time.
-        out = _scratch.room(HEADER.size + 4 * segments + 8 * segments * self.kept + 64)
+        out = scratch.room(HEADER.size + 4 * segments + 8 * segments * self.kept + 64)
         size, counted = compiled.encode_frame(
             x_N, x_N.view(np.uint32), self.kept, MODULUS_M, RATIO_R, out[HEADER.size :]
         )

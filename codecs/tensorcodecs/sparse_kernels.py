@@ -14,9 +14,10 @@ from typing import Any, Final
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
+from tensorcodecs.jit import entry, inner, readable
 from tensorcodecs.vector import (
     _at,
     _load,
@@ -25,7 +26,9 @@ from tensorcodecs.vector import (
     bits_float,
     float_bits,
     load64,
+    ones,
     store64,
+    trailing_zeros,
 )
 
 _U: Final = np.uint64
@@ -41,19 +44,6 @@ _ZERO_BITS: Final = 0x0D800000  # 2**-100
 _LIMIT_BITS: Final = 0x5F800000  # 2**64
 _STEP_MIN: Final = -440
 _SLACK: Final = 0x180000  # about 0.2 octaves: how far below its neighbour's a bound is guessed
-
-_OPTIONS: Final[dict[str, Any]] = {
-    "nogil": True,
-    "cache": True,
-    "error_model": "numpy",
-    "boundscheck": False,
-}
-
-
-# As in `tensorcodecs.kernels`: what Python calls is compiled when this module is first imported.
-def _readable(kind: Any, ndim: int = 1) -> Any:
-    return types.Array(kind, ndim, "C", readonly=True)
-
 
 _F32, _U8, _U32 = types.float32, types.uint8, types.uint32
 _INT, _BOOL = types.int64, types.boolean
@@ -83,30 +73,8 @@ def not_below(typing: Any, words: Any, at: Any, bound: Any) -> Any:
     return signature, generate
 
 
-@intrinsic
-def ones(typing: Any, word: Any) -> Any:
-    """How many bits are set."""
-    signature = types.int64(types.uint64)
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.ctpop(args[0])
-
-    return signature, generate
-
-
-@intrinsic
-def trailing_zeros(typing: Any, word: Any) -> Any:
-    """Of a word of 64 bits that is not zero."""
-    signature = types.uint64(types.uint64)
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
-
-    return signature, generate
-
-
 # ── selection ────────────────────────────────────────────────────────────────────────────────
-@njit(**_OPTIONS)
+@inner
 def largest(words: Any, first: int, stop: int) -> np.uint32:
     """Bits of the largest magnitude; NaN counts as largest of all."""
     top = np.uint32(0)
@@ -116,7 +84,7 @@ def largest(words: Any, first: int, stop: int) -> np.uint32:
     return top
 
 
-@njit(**_OPTIONS)
+@inner
 def count_from(words: Any, first: int, length: int, bound: int) -> int:
     """How many of `length` (a multiple of 64) magnitudes are at least `bound`."""
     total = 0
@@ -125,7 +93,7 @@ def count_from(words: Any, first: int, length: int, bound: int) -> int:
     return total
 
 
-@njit(**_OPTIONS)
+@inner
 def collect(words: Any, first: int, length: int, bound: int, place_C: Any, word_C: Any) -> Any:
     """Places and magnitudes of those that are at least `bound`, padded with 64 zeros; how many."""
     have = _U(0)
@@ -141,7 +109,7 @@ def collect(words: Any, first: int, length: int, bound: int, place_C: Any, word_
     return np.int64(have)
 
 
-@njit(**_OPTIONS)
+@inner
 def select(
     words: Any, first: int, length: int, limit: int, top: int, guess: int, place_C: Any,
     word_C: Any,
@@ -191,7 +159,7 @@ def select(
 
 
 # ── the two magnitudes ───────────────────────────────────────────────────────────────────────
-@njit(**_OPTIONS)
+@inner
 def two_means(size_E: Any) -> Any:
     """The centres of two clusters (Lloyd's iteration from the mean), rounded down."""
     total = np.int64(0)
@@ -217,7 +185,7 @@ def two_means(size_E: Any) -> Any:
     return small, large
 
 
-@njit(**_OPTIONS)
+@inner
 def _quarters(size: int) -> int:
     """The nearest quarter octave."""
     bits = float_bits(_F(size) * _F(size))
@@ -226,13 +194,13 @@ def _quarters(size: int) -> int:
     return 2 * exponent + (mantissa >= _QUARTER) + (mantissa >= _THREE_QUARTERS)
 
 
-@njit(**_OPTIONS)
+@inner
 def _power(quarters: int) -> np.float32:
     """2 ** (quarters / 4), for normal results."""
     return _STEPS[quarters & 3] * bits_float(np.uint32(((quarters >> 2) + 127) << 23))
 
 
-@njit(**_OPTIONS)
+@inner
 def shape(word_E: Any, ratio_R: Any, size_E: Any, large_E: Any) -> Any:
     """Which of the magnitudes `word_E` are large. Returns (scale of the large, index of ratio)."""
     top = np.uint32(0)
@@ -259,7 +227,7 @@ def shape(word_E: Any, ratio_R: Any, size_E: Any, large_E: Any) -> Any:
 
 
 # ── gaps ─────────────────────────────────────────────────────────────────────────────────────
-@njit(**_OPTIONS)
+@inner
 def best_modulus(gap_E: Any, modulus_M: Any) -> int:
     """The first of those that code the gaps in the fewest bits."""
     best = 0
@@ -283,7 +251,7 @@ def best_modulus(gap_E: Any, modulus_M: Any) -> int:
     return best
 
 
-@njit(**_OPTIONS)
+@inner
 def write_gaps(gap_E: Any, modulus: int, out: Any, place: Any, held: Any, bits: Any) -> Any:
     """Golomb codes behind the `bits` bits that are held back; (place, held, bits) after them."""
     floor = 0
@@ -314,19 +282,16 @@ def write_gaps(gap_E: Any, modulus: int, out: Any, place: Any, held: Any, bits: 
 
 
 # ── frames ───────────────────────────────────────────────────────────────────────────────────
-@njit(**_OPTIONS)
+@inner
 def limit_of(length: int, kept: int) -> int:
     """How many values a segment of that length sends at most."""
     return (kept * length + _SEGMENT - 1) // _SEGMENT
 
 
-@njit(
-    [
-        types.Tuple((_INT, _BOOL))(
-            _readable(_F32), _readable(_U32), _INT, _readable(_INT), _readable(_F32), _U8[::1]
-        )
-    ],
-    **_OPTIONS,
+@entry(
+    types.Tuple((_INT, _BOOL))(
+        readable(_F32), readable(_U32), _INT, readable(_INT), readable(_F32), _U8[::1]
+    )
 )
 def encode_frame(x: Any, words: Any, kept: int, modulus_M: Any, ratio_R: Any, out: Any) -> Any:
     """A chunk's body into `out`. `words` is `x` seen as uint32.
@@ -358,8 +323,8 @@ def encode_frame(x: Any, words: Any, kept: int, modulus_M: Any, ratio_R: Any, ou
         if length == _SEGMENT:
             count, guess = select(words, first, length, limit, top, guess, place_C, word_C)
         else:
-            work[:length] = words[first:]
-            work[length:] = np.uint32(0)
+            for i in range(_SEGMENT):
+                work[i] = words[first + i] if i < length else np.uint32(0)
             padded = (length + _MASK - 1) // _MASK * _MASK
             count, guess = select(work, 0, padded, limit, top, guess, place_C, word_C)
         guess -= _SLACK
@@ -424,14 +389,11 @@ def encode_frame(x: Any, words: Any, kept: int, modulus_M: Any, ratio_R: Any, ou
     return np.int64(place) + (1 if bits > _U(0) else 0), counted
 
 
-@njit(
-    [
-        _INT(
-            _readable(_U8), _INT, _INT, _readable(_INT), _readable(_INT), _readable(_F32, 2),
-            _INT, _U32[::1], _F32[::1],
-        )
-    ],
-    **_OPTIONS,
+@entry(
+    _INT(
+        readable(_U8), _INT, _INT, readable(_INT), readable(_INT), readable(_F32, 2),
+        _INT, _U32[::1], _F32[::1],
+    )
 )  # fmt: skip
 def decode_frame(
     data: Any, plane: int, start: int, modulus_S: Any, count_S: Any, book_SD: Any, numel: int,
@@ -440,8 +402,10 @@ def decode_frame(
     """Places and values of a body whose gaps are data[start:]: 0, or what is wrong with it."""
     size = data.size - start
     pad = np.empty(size + 16, np.uint8)
-    pad[:size] = data[start:]
-    pad[size:] = np.uint8(0)
+    for i in range(size):
+        pad[i] = data[start + i]
+    for i in range(size, size + 16):
+        pad[i] = np.uint8(0)
     stop_bits = _U(8 * size)
     at: Any = _U(0)
     done = 0
@@ -485,7 +449,7 @@ def decode_frame(
     return 0
 
 
-@njit([types.void(_readable(_U32), _readable(_F32), _F32[::1])], **_OPTIONS)
+@entry(types.void(readable(_U32), readable(_F32), _F32[::1]))
 def scatter(place_E: Any, value_E: Any, out: Any) -> None:
     """out[place] += value."""
     for i in range(place_E.size):

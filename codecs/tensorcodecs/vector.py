@@ -114,18 +114,17 @@ def bits_float(typing: Any, bits: Any) -> Any:
 
 
 def _prefetcher(*, write: bool) -> Any:
-    """Ask for the cache line of array[index], which may lie beyond the end: it never faults."""
+    """Ask for the cache line of an address, be it anybody's: it never faults."""
 
     @intrinsic
-    def prefetch(typing: Any, array: Any, index: Any) -> Any:
-        signature = types.void(array, types.uint64)
+    def prefetch(typing: Any, address: Any) -> Any:
+        signature = types.void(types.uint64)
 
         def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            pointer = _at(context, builder, (sig.args[0], args[0]), args[1])
             ty = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
             call = cgutils.get_or_insert_function(builder.module, ty, "llvm.prefetch.p0i8")
             how = [ir.Constant(_I32, value) for value in (int(write), 3 if write else 2, 1)]
-            builder.call(call, [builder.bitcast(pointer, _I8.as_pointer()), *how])
+            builder.call(call, [builder.inttoptr(args[0], _I8.as_pointer()), *how])
             return context.get_dummy_value()
 
         return signature, generate
@@ -139,11 +138,22 @@ prefetch_write: Final = _prefetcher(write=True)
 
 @intrinsic
 def trailing_zeros(typing: Any, word: Any) -> Any:
-    """Of a word that is not zero."""
-    signature = types.uint32(types.uint32)
+    """Of a word of 64 bits that is not zero."""
+    signature = types.uint64(types.uint64)
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
+
+    return signature, generate
+
+
+@intrinsic
+def ones(typing: Any, word: Any) -> Any:
+    """How many bits are set."""
+    signature = types.int64(types.uint64)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.ctpop(args[0])
 
     return signature, generate
 
@@ -341,15 +351,97 @@ expand_group: Final = _expander(count=GROUP, add=False)
 add_group: Final = _expander(count=GROUP, add=True)
 
 
+def _line_expander(*, count: int) -> Any:
+    """As `expand_block`, past the caches: out[index] must begin a cache line.
+
+    The last sixteen values have `scale` up to `split`, and `following` from there.
+    """
+
+    @intrinsic
+    def expand(
+        typing: Any, symbols: Any, at: Any, shift: Any, book: Any, out: Any, index: Any,
+        scale: Any, following: Any, split: Any,
+    ) -> Any:  # fmt: skip
+        signature = types.void(
+            symbols, types.uint64, types.uint32, book, out, types.uint64, types.float32,
+            types.float32, types.uint32,
+        )  # fmt: skip
+
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            table = _at(context, builder, (sig.args[3], args[3]), ir.Constant(_I64, 0))
+            source = _at(context, builder, (sig.args[0], args[0]), args[1])
+            target = _at(context, builder, (sig.args[4], args[4]), args[5])
+            amount = _splat(builder, args[2], 16)
+            lanes = ir.Constant(_vector(_I32, 16), list(range(16)))
+            factor = _splat(builder, args[6], 16)
+            early = builder.icmp_unsigned("<", lanes, _splat(builder, args[8], 16))
+            mixed = builder.select(early, factor, _splat(builder, args[7], 16))
+            past_cache = builder.module.add_metadata([ir.Constant(_I32, 1)])
+            for part in range(count // 16):
+                offset = ir.Constant(_I32, 16 * part)
+                packed = _load(builder, builder.gep(source, [offset]), _vector(_I16, 16), 2)
+                picks = builder.lshr(builder.zext(packed, _vector(_I32, 16)), amount)
+                value = _look_up(context, builder, table, picks)
+                value = builder.fmul(value, mixed if part == count // 16 - 1 else factor)
+                here = builder.bitcast(builder.gep(target, [offset]), value.type.as_pointer())
+                done = builder.store(value, here)
+                done.align = 64
+                done.set_metadata("nontemporal", past_cache)
+            return context.get_dummy_value()
+
+        return signature, generate
+
+    return expand
+
+
+stream_block: Final = _line_expander(count=SUM_VALUES)
+
+
+@intrinsic
+def lines_from(typing: Any, array: Any, index: Any) -> Any:
+    """How many float32 after array[index] the next cache line begins: 0 to 15."""
+    signature = types.uint64(array, types.uint64)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        place = _at(context, builder, (sig.args[0], args[0]), args[1])
+        words = builder.lshr(builder.ptrtoint(place, _I64), ir.Constant(_I64, 2))
+        return builder.and_(builder.neg(words), ir.Constant(_I64, 15))
+
+    return signature, generate
+
+
+@intrinsic
+def fence(typing: Any) -> Any:
+    """What was written past the caches is seen by whoever is told of it later."""
+    signature = types.void()
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@intrinsic
+def address_of(typing: Any, array: Any, index: Any) -> Any:
+    """Of array[index], which may lie beyond the end."""
+    signature = types.uint64(array, types.uint64)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.ptrtoint(_at(context, builder, (sig.args[0], args[0]), args[1]), _I64)
+
+    return signature, generate
+
+
 @intrinsic
 def find_marks(typing: Any, symbols: Any, at: Any, mark: Any) -> Any:
     """A bit mask of which of symbols[at:at + 32] equal `mark`."""
-    signature = types.uint32(symbols, types.uint64, types.uint16)
+    signature = types.uint64(symbols, types.uint64, types.uint16)
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         source = _at(context, builder, (sig.args[0], args[0]), args[1])
         value = _load(builder, source, _vector(_I16, GROUP), 2)
         equal = builder.icmp_unsigned("==", value, _splat(builder, args[2], GROUP))
-        return builder.bitcast(equal, _I32)
+        return builder.zext(builder.bitcast(equal, _I32), _I64)
 
     return signature, generate
