@@ -83,7 +83,7 @@ def encode_bytes(level_N: Any, entry_S: Any, out: Any, start: int, room: Any) ->
         symbols[i] = np.uint16(np.int32(level_N[i]) + np.int32(127))
     literal = np.empty(4, np.uint16)
     ahead = np.int64(address_of(level_N, _U(level_N.size)))
-    return write_symbols(symbols, entry_S, out, start, literal, ahead, 1)
+    return write_symbols(symbols, entry_S, out, start, literal, ahead, np.int64(1))
 
 
 @entry(_BOOL(readable(_U16), _I8[::1]))

@@ -26,17 +26,21 @@ from tensorcodecs.frame import CHECKED, HEADER, MAGIC, VERSION
 from tensorcodecs.jit import entry, inner, readable
 from tensorcodecs.level_kernels import (
     BLOCK,
+    GROUP,
     LEVELS_MAX,
     NO_SCALE,
     REFUSED,
     UNIT,
     block_steps,
+    edges,
     expand,
     inverse_power,
+    piece_of,
     quantise,
     read_book,
     read_scales,
     survey,
+    write_round,
 )
 from tensorcodecs.stream_kernels import (
     BAD_LITERALS,
@@ -181,11 +185,23 @@ def encode_chunks(
 
 # ── decoding ─────────────────────────────────────────────────────────────────────────────────
 @inner
+def _whole(count: int, planes: int) -> bool:
+    """Whether a chunk of `count` values can be written past the caches."""
+    length = length_of(count, planes)
+    return length * planes == count and length % (2 * LANES * BLOCK) == 0
+
+
+@inner
 def decode_chunk(
     data: Any, start: int, stop: int, bits: int, lookup_W: Any, out: Any, add: bool,
-    past_cache: bool, weight: np.float32, scratch: Any,
+    past_cache: bool, weight: np.float32, waiting: Any, left: int, scratch: Any,
 ) -> int:  # fmt: skip
-    """One chunk's body into `out`: GOOD, or what is wrong. With `add` nothing is changed then."""
+    """One chunk's body into `out`: GOOD, or what is wrong. With `add` nothing is changed then.
+
+    With `past_cache` the chunk is `_whole`; the last eight streams' values are not written but left
+    to be, in the second half of the room for symbols. Meanwhile `waiting`, a piece with `left`
+    rounds, is written first, if there are any.
+    """
     symbols, escape_E, scale_B, book, work, pad, size_N = scratch
     planes = 12 // bits
     top = (1 << (bits - 1)) - 1
@@ -211,30 +227,43 @@ def decode_chunk(
     literals_at = stop - (literals * 3 + 1) // 2
     coming = np.int64(0) if past_cache else np.int64(address_of(out, _U(0)))
     following = np.int64(address_of(data, _U(stop)))
-    used = 0
+    used = np.int64(0)
     for stream in range(0, streams, LANES):
         first = stream * each
-        part = symbols[first if add else 0 :]
+        part = symbols[first if add or past_cache else 0 :]
         done = read_group(
-            data, place, size_N, stream, length, lookup_W, part, pad, coming, following
-        )
+            data, place, size_N, stream, length, lookup_W, part, pad, coming, following,
+            waiting, left,
+        )  # fmt: skip
         if done < 0:
             return BAD_STREAM
-        used = fill_literals(part[:done], data, literals_at, used, literals, escape_E)
+        part = part[:done]
+        used = fill_literals(part, data, literals_at, used, literals, escape_E)
         if used > literals:
             return BAD_LITERALS
-        if not add:
-            expand(
-                part[:done], first, length, bits, planes, book, scale_B, out, False, past_cache,
-                work,
-            )  # fmt: skip
+        if past_cache:
+            if left > 0:
+                edges(waiting, work)
+            waiting = piece_of(part, book, scale_B, out, first, length, bits, planes)
+            left = part.size // GROUP - 1
+        elif not add:
+            expand(part, first, length, bits, planes, book, scale_B, out, add, work)
         for k in range(min(LANES, streams - stream)):
             place += size_N[stream + k]
     if used != literals:
         return BAD_LITERALS
     if add:
-        expand(symbols[:length], 0, length, bits, planes, book, scale_B, out, True, False, work)
+        part = symbols[:length]
+        expand(part, np.int64(0), length, bits, planes, book, scale_B, out, add, work)
     return GOOD
+
+
+@inner
+def _write_out(piece: Any, rounds: int, work: Any) -> None:
+    """All of a piece."""
+    for number in range(rounds):
+        write_round(piece, _U(number))
+    edges(piece, work)
 
 
 @inner
@@ -278,13 +307,20 @@ def decode_frames(
 
     Returns 16 * u + why it stopped at u: GOOD after the last, UNUSUAL, NO_TABLE, or what is wrong.
     """
-    scale_B = np.empty((min(chunk, out.size) + BLOCK - 1) // BLOCK + 1, np.float32)
-    scale_B[scale_B.size - 1] = _F(0)
-    book = np.empty(16, np.float32)
+    # Two of each: a chunk's last values are written while the next one is decoded.
+    scale_2B = np.zeros((2, (min(chunk, out.size) + BLOCK - 1) // BLOCK + 1), np.float32)
+    book_2 = np.empty((2, 16), np.float32)
     work = np.empty(BLOCK, np.float32)
     size_N = np.empty(17, np.int64)
     sums = np.empty(8, np.uint64)
-    scratch = (symbols, escape_E, scale_B, book, work, pad, size_N)
+    planes = 12 // bits
+    length = length_of(chunk, planes)
+    half = length // 2
+    past_cache = past_cache and _whole(chunk, planes)
+    left = np.int64(0)
+    waiting = piece_of(
+        symbols[half:length], book_2[0], scale_2B[0], out[: out.size], half, length, bits, planes
+    )
     found = GOOD
     unit = first
     while unit < start_U.size:
@@ -301,12 +337,26 @@ def decode_frames(
         if not ready_T[table]:
             found = NO_TABLE
             break
+        direct = past_cache and piece.size == chunk
+        if left > 0 and not direct:
+            _write_out(waiting, left, work)
+            left = np.int64(0)
+        scratch = (symbols, escape_E, scale_2B[unit & 1], book_2[unit & 1], work, pad, size_N)
         found = decode_chunk(
-            data, start, stop, bits, lookup_TW[table], piece, add, past_cache, weight, scratch
-        )
+            data, start, stop, bits, lookup_TW[table], piece, add, direct, weight, waiting, left,
+            scratch,
+        )  # fmt: skip
         if found != GOOD:
             break
+        if direct:
+            waiting = piece_of(
+                symbols[half:length], book_2[unit & 1], scale_2B[unit & 1], piece, half, length,
+                bits, planes,
+            )  # fmt: skip
+            left = half // GROUP - 1
         unit += 1
+    if left > 0 and found in (GOOD, UNUSUAL, NO_TABLE):
+        _write_out(waiting, left, work)
     if past_cache:
         fence()
     return 16 * unit + found

@@ -4,8 +4,9 @@ A chunk's levels are packed as symbols of twelve bits, planes apart: with K leve
 T symbols, level p of symbol t belongs to value p * T + t, so that every loop runs over contiguous
 values.
 
-Values of a large vector are written past the caches (`expand_past_cache`): a core then doesn't
-read from memory what it is about to overwrite, and memory is what decoding mostly waits for.
+Values of a large vector are written past the caches: a core then doesn't read from memory what it
+is about to overwrite. And they are written while the next symbols are decoded (`write_round`):
+decoding waits for its tables, writing for memory, and each has time for the other.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from tensorcodecs.vector import (
     merge_group,
     quantise_block,
     quantise_group,
-    stream_block,
     sum_of_squares,
+    write_lines,
 )
 
 _U: Final = np.uint64
@@ -205,23 +206,16 @@ def survey(x: Any, inverse_B: Any, top: int, sum_L: Any, count_L: Any) -> None:
 @inner
 def expand(
     symbol_T: Any, first: int, length: int, bits: int, planes: int, book: Any,
-    scale_B: Any, out: Any, add: bool, past_cache: bool, work: Any,
+    scale_B: Any, out: Any, add: bool, work: Any,
 ) -> None:  # fmt: skip
-    """Values of the symbols `first`.. of a chunk with `length` symbols, scaled, into `out`.
-
-    `past_cache` writes them to memory and not to the caches, where they lie favourably.
-    """
+    """Values of the symbols `first`.. of a chunk with `length` symbols, scaled, into `out`."""
     count = out.size
     size = symbol_T.size
     for plane in range(planes):
         amount = np.uint32(bits * plane)
-        start = plane * length + first
-        if past_cache and start + size <= count and start % BLOCK == 0 and size % BLOCK == 0:
-            expand_past_cache(symbol_T, amount, book, scale_B, out, start, work)
-            continue
         at = 0
         while at < size:
-            value = start + at
+            value = plane * length + first + at
             if value >= count:
                 break
             scale = scale_B[value // BLOCK]
@@ -241,31 +235,53 @@ def expand(
             at += GROUP
 
 
+# ── past the caches ──────────────────────────────────────────────────────────────────────────
+# A *piece* is what is to be written so: symbols, codebook, scales, the chunk's values; then as
+# integers the number of its first symbol and of the chunk's symbols, bits, planes, how many values
+# after a block's start a cache line begins, and in how many rounds most of it is written.
 @inner
-def expand_past_cache(
-    symbol_T: Any, amount: np.uint32, book: Any, scale_B: Any, out: Any, start: int, work: Any
-) -> None:
-    """One plane of whole blocks, line by line: those begin `skip` values after each block does."""
-    skip = np.int64(lines_from(out, _U(start)))
-    size = symbol_T.size
-    block = start // BLOCK
-    last = size - BLOCK if skip > 0 else size
-    if skip > 0:
-        expand_group(symbol_T, _U(0), amount, book, work, _U(0), scale_B[block])
+def piece_of(
+    symbol_T: Any, book: Any, scale_B: Any, out: Any, first: int, length: int, bits: int,
+    planes: int,
+) -> Any:  # fmt: skip
+    """The symbols `first`.. of a whole chunk; `first` and `length` are multiples of 256."""
+    skip = np.int64(lines_from(out, _U(0)))
+    rounds = symbol_T.size // GROUP - 1
+    return symbol_T, book, scale_B, out, first, length, bits, planes, skip, rounds
+
+
+@inner
+def write_round(piece: Any, number: Any) -> None:
+    """Two lines of each plane. After all rounds come the `edges`."""
+    symbol_T, book, scale_B, out, first, length, bits, planes, skip, _ = piece
+    at = _U(skip) + number * _U(GROUP)
+    value = _U(first) + at
+    amount = np.uint32(0)
+    for _ in range(planes):
+        scale = scale_B[value // _U(BLOCK)]
+        following = scale_B[(value + _U(GROUP - 1)) // _U(BLOCK)]
+        write_lines(
+            symbol_T, at, amount, book, out, value, scale, following, np.uint32(_LINE - skip)
+        )
+        value += _U(length)
+        amount += np.uint32(bits)
+
+
+@inner
+def edges(piece: Any, work: Any) -> None:
+    """What no round has written: 32 values of each plane, before the first line and at the end."""
+    symbol_T, book, scale_B, out, first, length, bits, planes, skip, rounds = piece
+    last = rounds * GROUP
+    for plane in range(planes):
+        amount = np.uint32(bits * plane)
+        start = plane * length + first
+        scale = scale_B[start // BLOCK]
+        expand_group(symbol_T, _U(0), amount, book, work, _U(0), scale)
         for i in range(skip):
             out[start + i] = work[i]
-    for at in range(0, last, BLOCK):
-        # The last of these lines reaches into the next block.
-        scale = scale_B[block]
-        following = scale_B[block + 1]
-        stream_block(
-            symbol_T, _U(at + skip), amount, book, out, _U(start + at + skip), scale, following,
-            np.uint32(_LINE - skip),
-        )  # fmt: skip
-        block += 1
-    if skip > 0:
-        expand_block(symbol_T, _U(last), amount, book, work, _U(0), scale_B[block])
-        for i in range(skip, BLOCK):
+        scale = scale_B[(start + last) // BLOCK]
+        expand_group(symbol_T, _U(last), amount, book, work, _U(0), scale)
+        for i in range(skip, GROUP):
             out[start + last + i] = work[i]
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from numba import types
 
 from tensorcodecs.jit import entry, inner, readable
+from tensorcodecs.level_kernels import piece_of, write_round
 from tensorcodecs.vector import (
     address_of,
     find_marks,
@@ -143,13 +144,14 @@ def decode_stream(
 @inner
 def decode_eight(
     data: Any, start: int, size_N: Any, stream: int, lookup_W: Any, out: Any, each: int,
-    coming: int, plane: int, following: int,
+    coming: int, plane: int, following: int, piece: Any, rounds: int,
 ) -> bool:  # fmt: skip
     """Streams stream..stream+7, `each` symbols long (a multiple of 4), the k-th to out[k * each:].
 
     Asks meanwhile for the memory from the address `following` on, which is read next, and for that
     of three planes of values, `plane` bytes apart from `coming` on, which is written next; unless
-    that is 0.
+    that is 0. Writes the first `rounds` of `piece` instead (see `level_kernels`), which are at most
+    a quarter of `each`.
 
     `data` must go on for 13 bits per symbol and eight bytes from where the last one starts.
     """
@@ -180,6 +182,7 @@ def decode_eight(
     later = _U(following)
     apart = _U(plane)
     stop = _U(each)
+    to_write = _U(4 * rounds)
     while at < stop:
         for _ in range(4):
             entry = lookup_W[b0 & mask]
@@ -217,6 +220,8 @@ def decode_eight(
             prefetch_write(soon + apart + apart)
             prefetch_write(soon + apart + apart + _U(64))
             soon += _U(_GROUP * _FLOAT)
+        if at <= to_write:
+            write_round(piece, (at >> _U(2)) - _U(1))
         used = leading_zeros(b0)
         p0 += used >> three
         b0 = (load64(data, p0) | _MARK) >> (used & seven)
@@ -352,7 +357,7 @@ def write_symbols(
     streams = streams_of(length)
     each = symbols_each(length)
     place = start + 2 * streams + 2
-    literals = 0
+    literals = np.int64(0)  # a plain 0 has a type of its own, for which all is compiled again
     for stream in range(streams):
         first = stream * each
         stop = min(length, first + each)
@@ -398,13 +403,13 @@ def read_layout(data: Any, start: int, stop: int, length: int, size_N: Any) -> i
 @inner
 def read_group(
     data: Any, place: int, size_N: Any, stream: int, length: int, lookup_W: Any, out: Any,
-    pad: Any, coming: int, following: int,
+    pad: Any, coming: int, following: int, piece: Any, rounds: int,
 ) -> int:  # fmt: skip
     """Decode streams stream..stream+7 (or as many as there are) into out[0:]; how many symbols.
 
     Returns -1 if one is not exactly as long as it should be. Reads in place where a stream of the
-    longest codes would end inside `data`, else from a copy in `pad`. Asks for memory meanwhile:
-    see `decode_eight`.
+    longest codes would end inside `data`, else from a copy in `pad`. Asks for memory, or writes
+    `piece`, meanwhile: see `decode_eight`.
     """
     streams = streams_of(length)
     each = symbols_each(length)
@@ -432,12 +437,12 @@ def read_group(
         first = stream * each
         if not decode_eight(
             source, begin, size_N, stream, lookup_W, out, each,
-            coming + first * _FLOAT if coming != 0 else 0, length * _FLOAT,
-            following + first * 3 // 2,
+            coming + first * _FLOAT if coming != 0 else coming, length * _FLOAT,
+            following + first * 3 // 2, piece, rounds,
         ):  # fmt: skip
             return -1
         return LANES * each
-    done = 0
+    done = np.int64(0)
     for k in range(lanes):
         symbols = min(each, length - (stream + k) * each)
         end = begin + size_N[stream + k]
@@ -458,16 +463,20 @@ def decode_section(
     `symbol_T` has room for whole groups of 32, and zeros beyond `length`.
     """
     size_N = np.empty(17, np.int64)
-    place = read_layout(data, 0, data.size, length, size_N)
+    place = read_layout(data, np.int64(0), data.size, length, size_N)
     if place == 0:
         return BAD_SIZES
     streams = streams_of(length)
     each = symbols_each(length)
     following = np.int64(address_of(data, _U(data.size)))
+    nowhere = np.empty(1, np.float32)
+    zero = np.int64(0)
+    nothing = piece_of(symbol_T[:0], nowhere, nowhere, nowhere, zero, zero, zero, zero)
     for stream in range(0, streams, LANES):
         part = symbol_T[stream * each :]
         done = read_group(
-            data, place, size_N, stream, length, lookup_W, part, pad, 0, following
+            data, place, size_N, stream, length, lookup_W, part, pad, zero, following,
+            nothing, zero,
         )
         if done < 0:
             return BAD_STREAM
@@ -475,7 +484,7 @@ def decode_section(
             place += size_N[stream + k]
     literals = size_N[16]
     start = data.size - (literals * 3 + 1) // 2
-    if fill_literals(symbol_T, data, start, 0, literals, escape_E) != literals:
+    if fill_literals(symbol_T, data, start, np.int64(0), literals, escape_E) != literals:
         return BAD_LITERALS
     return GOOD
 

@@ -351,50 +351,43 @@ expand_group: Final = _expander(count=GROUP, add=False)
 add_group: Final = _expander(count=GROUP, add=True)
 
 
-def _line_expander(*, count: int) -> Any:
-    """As `expand_block`, past the caches: out[index] must begin a cache line.
+@intrinsic
+def write_lines(
+    typing: Any, symbols: Any, at: Any, shift: Any, book: Any, out: Any, index: Any,
+    scale: Any, following: Any, split: Any,
+) -> Any:  # fmt: skip
+    """As `expand_group`, past the caches: out[index] must begin a cache line.
 
     The last sixteen values have `scale` up to `split`, and `following` from there.
     """
+    signature = types.void(
+        symbols, types.uint64, types.uint32, book, out, types.uint64, types.float32,
+        types.float32, types.uint32,
+    )  # fmt: skip
 
-    @intrinsic
-    def expand(
-        typing: Any, symbols: Any, at: Any, shift: Any, book: Any, out: Any, index: Any,
-        scale: Any, following: Any, split: Any,
-    ) -> Any:  # fmt: skip
-        signature = types.void(
-            symbols, types.uint64, types.uint32, book, out, types.uint64, types.float32,
-            types.float32, types.uint32,
-        )  # fmt: skip
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        table = _at(context, builder, (sig.args[3], args[3]), ir.Constant(_I64, 0))
+        source = _at(context, builder, (sig.args[0], args[0]), args[1])
+        target = _at(context, builder, (sig.args[4], args[4]), args[5])
+        amount = _splat(builder, args[2], 16)
+        lanes = ir.Constant(_vector(_I32, 16), list(range(16)))
+        factor = _splat(builder, args[6], 16)
+        early = builder.icmp_unsigned("<", lanes, _splat(builder, args[8], 16))
+        mixed = builder.select(early, factor, _splat(builder, args[7], 16))
+        past_cache = builder.module.add_metadata([ir.Constant(_I32, 1)])
+        for part in range(GROUP // 16):
+            offset = ir.Constant(_I32, 16 * part)
+            packed = _load(builder, builder.gep(source, [offset]), _vector(_I16, 16), 2)
+            picks = builder.lshr(builder.zext(packed, _vector(_I32, 16)), amount)
+            value = _look_up(context, builder, table, picks)
+            value = builder.fmul(value, factor if part == 0 else mixed)
+            here = builder.bitcast(builder.gep(target, [offset]), value.type.as_pointer())
+            done = builder.store(value, here)
+            done.align = 64
+            done.set_metadata("nontemporal", past_cache)
+        return context.get_dummy_value()
 
-        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            table = _at(context, builder, (sig.args[3], args[3]), ir.Constant(_I64, 0))
-            source = _at(context, builder, (sig.args[0], args[0]), args[1])
-            target = _at(context, builder, (sig.args[4], args[4]), args[5])
-            amount = _splat(builder, args[2], 16)
-            lanes = ir.Constant(_vector(_I32, 16), list(range(16)))
-            factor = _splat(builder, args[6], 16)
-            early = builder.icmp_unsigned("<", lanes, _splat(builder, args[8], 16))
-            mixed = builder.select(early, factor, _splat(builder, args[7], 16))
-            past_cache = builder.module.add_metadata([ir.Constant(_I32, 1)])
-            for part in range(count // 16):
-                offset = ir.Constant(_I32, 16 * part)
-                packed = _load(builder, builder.gep(source, [offset]), _vector(_I16, 16), 2)
-                picks = builder.lshr(builder.zext(packed, _vector(_I32, 16)), amount)
-                value = _look_up(context, builder, table, picks)
-                value = builder.fmul(value, mixed if part == count // 16 - 1 else factor)
-                here = builder.bitcast(builder.gep(target, [offset]), value.type.as_pointer())
-                done = builder.store(value, here)
-                done.align = 64
-                done.set_metadata("nontemporal", past_cache)
-            return context.get_dummy_value()
-
-        return signature, generate
-
-    return expand
-
-
-stream_block: Final = _line_expander(count=SUM_VALUES)
+    return signature, generate
 
 
 @intrinsic
