@@ -550,8 +550,8 @@ def _decode_usual(
     while True:
         found = int(compiled.decode_frames(
             data, start_U, stop_U, first, bits, _kind(bits), shipped.ready_T, shipped.lookup_TW,
-            out_N, CHUNK_VALUES, add, past_cache, weight, scratch.symbols, scratch.escapes,
-            scratch.bytes,
+            out_N, CHUNK_VALUES, add, past_cache, weight, scratch.symbols, scratch.literals,
+            scratch.escapes, scratch.bytes,
         ))  # fmt: skip
         first, fault = divmod(found, 16)
         if fault == compiled.NO_TABLE:
@@ -581,7 +581,7 @@ def _decode_one(
     fault = compiled.decode_frames(
         body, np.array([start]), np.array([len(body)]), 0, frame.bits, 0, np.ones(1, np.bool_),
         table.lookup_W[None], out_N, CHUNK_VALUES, add, False, weight, scratch.symbols,
-        scratch.escapes, scratch.bytes,
+        scratch.literals, scratch.escapes, scratch.bytes,
     )  # fmt: skip
     if int(fault) != 16:
         raise DecodeError(plain.FAULTS[int(fault)])

@@ -50,8 +50,8 @@ from tensorcodecs.stream_kernels import (
     GOOD,
     LANES,
     LOOKUP,
+    collect,
     decode_section,
-    fill_literals,
     length_of,
     package_merge,
     read_group,
@@ -202,7 +202,7 @@ def decode_chunk(
     to be, in the second half of the room for symbols. Meanwhile `waiting`, a piece with `left`
     rounds, is written first, if there are any.
     """
-    symbols, escape_E, scale_B, book, work, pad, size_N = scratch
+    symbols, lane_T, escape_E, scale_B, book, work, pad, size_N = scratch
     planes = 12 // bits
     top = (1 << (bits - 1)) - 1
     count = out.size
@@ -230,17 +230,18 @@ def decode_chunk(
     used = np.int64(0)
     for stream in range(0, streams, LANES):
         first = stream * each
-        part = symbols[first if add or past_cache else 0 :]
         done = read_group(
-            data, place, size_N, stream, length, lookup_W, part, pad, coming, following,
+            data, place, size_N, stream, length, lookup_W, lane_T, pad, coming, following,
             waiting, left,
         )  # fmt: skip
         if done < 0:
             return BAD_STREAM
-        part = part[:done]
-        used = fill_literals(part, data, literals_at, used, literals, escape_E)
+        begin = first if add or past_cache else 0
+        part = symbols[begin : begin + done + GROUP]
+        used = collect(lane_T, each, part, data, literals_at, used, literals, escape_E)
         if used > literals:
             return BAD_LITERALS
+        part = part[:done]
         if past_cache:
             if left > 0:
                 edges(waiting, work)
@@ -291,19 +292,21 @@ def _usual(data: Any, start: int, stop: int, kind: int, numel: int, tables: int,
 @entry(
     _I64(
         readable(_U8), readable(_I64), readable(_I64), _I64, _I64, _I64, readable(_BOOL),
-        readable(LOOKUP, 2), _F32[::1], _I64, _BOOL, _BOOL, _F32, _U16[::1], _U32[::1], _U8[::1],
+        readable(LOOKUP, 2), _F32[::1], _I64, _BOOL, _BOOL, _F32, _U16[::1], _U16[::1], _U32[::1],
+        _U8[::1],
     )
 )  # fmt: skip
 def decode_frames(
     data: Any, start_U: Any, stop_U: Any, first: int, bits: int, kind: int, ready_T: Any,
     lookup_TW: Any, out: Any, chunk: int, add: bool, past_cache: bool, weight: np.float32,
-    symbols: Any, escape_E: Any, pad: Any,
+    symbols: Any, lane_T: Any, escape_E: Any, pad: Any,
 ) -> int:  # fmt: skip
     """Frames data[start_U[u]:stop_U[u]] from the `first` on into the u-th `chunk` values of `out`.
 
     Checks header and checksum of each; all are of one `kind` (codec, mode and bits, as they follow
     each other in a header). With 0 for a kind they are bodies that were checked, coded by the first
-    table. `symbols`, `escape_E` and `pad` are room for a chunk's symbols, their places and bytes.
+    table. `symbols`, `lane_T`, `escape_E` and `pad` are room for a chunk's symbols, twice, their
+    places and bytes.
 
     Returns 16 * u + why it stopped at u: GOOD after the last, UNUSUAL, NO_TABLE, or what is wrong.
     """
@@ -341,7 +344,9 @@ def decode_frames(
         if left > 0 and not direct:
             _write_out(waiting, left, work)
             left = np.int64(0)
-        scratch = (symbols, escape_E, scale_2B[unit & 1], book_2[unit & 1], work, pad, size_N)
+        scratch = (
+            symbols, lane_T, escape_E, scale_2B[unit & 1], book_2[unit & 1], work, pad, size_N,
+        )  # fmt: skip
         found = decode_chunk(
             data, start, stop, bits, lookup_TW[table], piece, add, direct, weight, waiting, left,
             scratch,

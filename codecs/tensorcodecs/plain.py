@@ -375,10 +375,11 @@ def read_section(section: memoryview, length: int, table: Table) -> Symbols:
     compiled = kernels()
     if compiled is None:
         return decode_symbols(section, length, table)
-    symbol_T = scratch.symbols[: -(-length // GROUP) * GROUP]
-    symbol_T[length:] = 0
     data = np.frombuffer(section, np.uint8)
-    fault = compiled.decode_section(data, table.lookup_W, symbol_T, length, scratch.bytes, scratch.escapes)
+    fault = compiled.decode_section(
+        data, table.lookup_W, scratch.symbols, length, scratch.literals, scratch.bytes,
+        scratch.escapes,
+    )  # fmt: skip
     if fault:
         raise DecodeError(FAULTS[int(fault)])
-    return symbol_T[:length]
+    return scratch.symbols[:length]

@@ -21,9 +21,10 @@ from tensorcodecs.jit import entry, inner, readable
 from tensorcodecs.level_kernels import piece_of, write_round
 from tensorcodecs.vector import (
     address_of,
-    find_marks,
+    copy_marks,
     leading_zeros,
     load64,
+    low_bits,
     ones,
     prefetch,
     prefetch_write,
@@ -38,6 +39,10 @@ _LENGTH_MAX: Final = 13  # of a code
 _PACKAGE_MAX: Final = 2**61  # see `huffman.package_merge`
 _MARK: Final = np.uint64(1 << 63)
 LANES: Final = 8
+LANE: Final = 6144 + _GROUP
+"""From one lane's decoded symbols to the next's: the longest stream of a chunk, and a cache line, so
+that not all of them compete for the same lines of the first cache. Being known when this is compiled
+it takes no registers."""
 _FLOAT: Final = 4  # bytes
 
 GOOD: Final = 0
@@ -131,22 +136,23 @@ def _finish_stream(
 
 @inner
 def decode_stream(
-    data: Any, start: int, end: int, lookup_W: Any, out: Any, first: int, stop: int
+    data: Any, start: int, end: int, lookup_W: Any, out: Any, first: int, count: int
 ) -> bool:
-    """One stream of symbols first..stop-1; whether it was exactly that.
+    """One stream of `count` symbols to out[first:]; whether it was exactly that.
 
     `data` must go on for 13 bits per symbol and eight bytes from `start`.
     """
     buffer = load64(data, _U(start)) | _MARK
-    return _finish_stream(data, _U(start), buffer, end, lookup_W, out, first, stop)
+    return _finish_stream(data, _U(start), buffer, end, lookup_W, out, first, first + count)
 
 
 @inner
 def decode_eight(
-    data: Any, start: int, size_N: Any, stream: int, lookup_W: Any, out: Any, each: int,
+    data: Any, start: int, size_N: Any, stream: int, lookup_W: Any, lane_T: Any, each: int,
     coming: int, plane: int, following: int, piece: Any, rounds: int,
 ) -> bool:  # fmt: skip
-    """Streams stream..stream+7, `each` symbols long (a multiple of 4), the k-th to out[k * each:].
+    """Streams stream..stream+7, `each` symbols long (a multiple of 4), the k-th to
+    lane_T[k * LANE:].
 
     Asks meanwhile for the memory from the address `following` on, which is read next, and for that
     of three planes of values, `plane` bytes apart from `coming` on, which is written next; unless
@@ -158,7 +164,7 @@ def decode_eight(
     low = _U(63)
     three = _U(3)
     seven = _U(7)
-    mask = _U(8191)
+    width = _U(63) - leading_zeros(_U(lookup_W.size))  # of what a code is looked up by
     eight = np.uint32(8)
     p0 = _U(start)
     p1 = p0 + _U(size_N[stream])
@@ -176,7 +182,6 @@ def decode_eight(
     b5 = load64(data, p5) | _MARK
     b6 = load64(data, p6) | _MARK
     b7 = load64(data, p7) | _MARK
-    pace = _U(each)
     at = _U(0)
     soon = _U(coming)
     later = _U(following)
@@ -185,30 +190,30 @@ def decode_eight(
     to_write = _U(4 * rounds)
     while at < stop:
         for _ in range(4):
-            entry = lookup_W[b0 & mask]
+            entry = lookup_W[low_bits(b0, width)]
             b0 >>= _U(entry) & low
-            out[at] = np.uint16(entry >> eight)
-            entry = lookup_W[b1 & mask]
+            lane_T[at] = np.uint16(entry >> eight)
+            entry = lookup_W[low_bits(b1, width)]
             b1 >>= _U(entry) & low
-            out[at + pace] = np.uint16(entry >> eight)
-            entry = lookup_W[b2 & mask]
+            lane_T[at + _U(LANE)] = np.uint16(entry >> eight)
+            entry = lookup_W[low_bits(b2, width)]
             b2 >>= _U(entry) & low
-            out[at + _U(2) * pace] = np.uint16(entry >> eight)
-            entry = lookup_W[b3 & mask]
+            lane_T[at + _U(2 * LANE)] = np.uint16(entry >> eight)
+            entry = lookup_W[low_bits(b3, width)]
             b3 >>= _U(entry) & low
-            out[at + _U(3) * pace] = np.uint16(entry >> eight)
-            entry = lookup_W[b4 & mask]
+            lane_T[at + _U(3 * LANE)] = np.uint16(entry >> eight)
+            entry = lookup_W[low_bits(b4, width)]
             b4 >>= _U(entry) & low
-            out[at + _U(4) * pace] = np.uint16(entry >> eight)
-            entry = lookup_W[b5 & mask]
+            lane_T[at + _U(4 * LANE)] = np.uint16(entry >> eight)
+            entry = lookup_W[low_bits(b5, width)]
             b5 >>= _U(entry) & low
-            out[at + _U(5) * pace] = np.uint16(entry >> eight)
-            entry = lookup_W[b6 & mask]
+            lane_T[at + _U(5 * LANE)] = np.uint16(entry >> eight)
+            entry = lookup_W[low_bits(b6, width)]
             b6 >>= _U(entry) & low
-            out[at + _U(6) * pace] = np.uint16(entry >> eight)
-            entry = lookup_W[b7 & mask]
+            lane_T[at + _U(6 * LANE)] = np.uint16(entry >> eight)
+            entry = lookup_W[low_bits(b7, width)]
             b7 >>= _U(entry) & low
-            out[at + _U(7) * pace] = np.uint16(entry >> eight)
+            lane_T[at + _U(7 * LANE)] = np.uint16(entry >> eight)
             at += _U(1)
         prefetch(later)
         later += _U(48)
@@ -266,35 +271,45 @@ def decode_eight(
         else:
             place, buffer = p7, b7
         end += np.int64(size_N[stream + k])
-        good &= _finish_stream(data, place, buffer, end, lookup_W, out, 0, 0)
+        good &= _finish_stream(data, place, buffer, end, lookup_W, lane_T, 0, 0)
     return good
 
 
 @inner
-def fill_literals(
-    symbol_T: Any, data: Any, start: int, done: int, total: int, escape_E: Any
-) -> int:
-    """Put literals `done`.. (12 bits each, from data[start]) where ESCAPE stands.
+def collect(
+    lane_T: Any, each: int, symbol_T: Any, data: Any, start: int, done: int, total: int,
+    escape_E: Any,
+) -> int:  # fmt: skip
+    """The lanes' symbols, `each` of them but the last's, one after another to `symbol_T`.
 
-    Returns how many are used up now; more than `total` if there were too few. The symbols must be
-    whole groups of 32; `escape_E` is room for as many places and four.
+    Where ESCAPE stands come the literals `done`.. (12 bits each, from data[start]). Returns how many
+    are used up now; more than `total` if there were too few. `symbol_T` must go on for 32 symbols
+    and `escape_E` is room for as many places.
     """
+    size = symbol_T.size - _GROUP
     found = _U(0)
-    for at in range(0, symbol_T.size, _GROUP):
-        # Whether a group holds an escape is a coin's toss: the first three are always noted.
-        marks = find_marks(symbol_T, _U(at), np.uint16(_ESCAPE))
-        left = marks
-        for k in range(3):
-            escape_E[found + _U(k)] = np.uint32(_U(at) + trailing_zeros(left | _U(1 << 63)))
-            left &= left - _U(1)
-        many = ones(marks)
-        if many > 3:
-            place = found + _U(3)
-            while left != _U(0):
-                escape_E[place] = np.uint32(_U(at) + trailing_zeros(left))
+    for lane in range((size + each - 1) // each):
+        first = lane * each
+        count = min(each, size - first)
+        for at in range(0, count, _GROUP):
+            marks = copy_marks(
+                lane_T, _U(lane * LANE + at), symbol_T, _U(first + at), np.uint16(_ESCAPE)
+            )
+            if count - at < _GROUP:  # what follows is the next lane's to write
+                marks &= (_U(1) << _U(count - at)) - _U(1)
+            # Whether there is an escape is a coin's toss: the first three are always noted.
+            left = marks
+            for k in range(3):
+                place = _U(first + at) + trailing_zeros(left | _U(1 << 63))
+                escape_E[found + _U(k)] = np.uint32(place)
                 left &= left - _U(1)
-                place += _U(1)
-        found += _U(many)
+            many = found + _U(ones(marks))
+            found += _U(3)
+            while found < many:
+                escape_E[found] = np.uint32(_U(first + at) + trailing_zeros(left))
+                left &= left - _U(1)
+                found += _U(1)
+            found = many
     if np.int64(found) > total - done:
         return total + 1
     for k in range(np.int64(found)):
@@ -402,10 +417,10 @@ def read_layout(data: Any, start: int, stop: int, length: int, size_N: Any) -> i
 
 @inner
 def read_group(
-    data: Any, place: int, size_N: Any, stream: int, length: int, lookup_W: Any, out: Any,
+    data: Any, place: int, size_N: Any, stream: int, length: int, lookup_W: Any, lane_T: Any,
     pad: Any, coming: int, following: int, piece: Any, rounds: int,
 ) -> int:  # fmt: skip
-    """Decode streams stream..stream+7 (or as many as there are) into out[0:]; how many symbols.
+    """Decode streams stream..stream+7, or as many as there are, into the lanes; how many symbols.
 
     Returns -1 if one is not exactly as long as it should be. Reads in place where a stream of the
     longest codes would end inside `data`, else from a copy in `pad`. Asks for memory, or writes
@@ -436,7 +451,7 @@ def read_group(
     if lanes == LANES and (stream + LANES) * each <= length:
         first = stream * each
         if not decode_eight(
-            source, begin, size_N, stream, lookup_W, out, each,
+            source, begin, size_N, stream, lookup_W, lane_T, each,
             coming + first * _FLOAT if coming != 0 else coming, length * _FLOAT,
             following + first * 3 // 2, piece, rounds,
         ):  # fmt: skip
@@ -446,7 +461,7 @@ def read_group(
     for k in range(lanes):
         symbols = min(each, length - (stream + k) * each)
         end = begin + size_N[stream + k]
-        if not decode_stream(source, begin, end, lookup_W, out, done, done + symbols):
+        if not decode_stream(source, begin, end, lookup_W, lane_T, k * LANE, symbols):
             return -1
         done += symbols
         begin = end
@@ -454,13 +469,13 @@ def read_group(
 
 
 # ── sections ─────────────────────────────────────────────────────────────────────────────────
-@entry(_I64(readable(_U8), readable(LOOKUP), _U16[::1], _I64, _U8[::1], _U32[::1]))
+@entry(_I64(readable(_U8), readable(LOOKUP), _U16[::1], _I64, _U16[::1], _U8[::1], _U32[::1]))
 def decode_section(
-    data: Any, lookup_W: Any, symbol_T: Any, length: int, pad: Any, escape_E: Any
+    data: Any, lookup_W: Any, symbol_T: Any, length: int, lane_T: Any, pad: Any, escape_E: Any
 ) -> int:
     """The `length` symbols of one coded section: GOOD, or what is wrong with it.
 
-    `symbol_T` has room for whole groups of 32, and zeros beyond `length`.
+    `symbol_T` must go on for 32 symbols more.
     """
     size_N = np.empty(17, np.int64)
     place = read_layout(data, np.int64(0), data.size, length, size_N)
@@ -472,19 +487,24 @@ def decode_section(
     nowhere = np.empty(1, np.float32)
     zero = np.int64(0)
     nothing = piece_of(symbol_T[:0], nowhere, nowhere, nowhere, zero, zero, zero, zero)
-    for stream in range(0, streams, LANES):
-        part = symbol_T[stream * each :]
-        done = read_group(
-            data, place, size_N, stream, length, lookup_W, part, pad, zero, following,
-            nothing, zero,
-        )
-        if done < 0:
-            return BAD_STREAM
-        for k in range(min(LANES, streams - stream)):
-            place += size_N[stream + k]
     literals = size_N[16]
     start = data.size - (literals * 3 + 1) // 2
-    if fill_literals(symbol_T, data, start, np.int64(0), literals, escape_E) != literals:
+    used = zero
+    for stream in range(0, streams, LANES):
+        done = read_group(
+            data, place, size_N, stream, length, lookup_W, lane_T, pad, zero, following,
+            nothing, zero,
+        )  # fmt: skip
+        if done < 0:
+            return BAD_STREAM
+        first = stream * each
+        part = symbol_T[first : first + done + _GROUP]
+        used = collect(lane_T, each, part, data, start, used, literals, escape_E)
+        if used > literals:
+            return BAD_LITERALS
+        for k in range(min(LANES, streams - stream)):
+            place += size_N[stream + k]
+    if used != literals:
         return BAD_LITERALS
     return GOOD
 

@@ -427,14 +427,33 @@ def address_of(typing: Any, array: Any, index: Any) -> Any:
 
 
 @intrinsic
-def find_marks(typing: Any, symbols: Any, at: Any, mark: Any) -> Any:
-    """A bit mask of which of symbols[at:at + 32] equal `mark`."""
-    signature = types.uint64(symbols, types.uint64, types.uint16)
+def copy_marks(typing: Any, source: Any, start: Any, target: Any, at: Any, mark: Any) -> Any:
+    """target[at:at + 32] = source[start:start + 32], and a bit mask of which equal `mark`."""
+    signature = types.uint64(source, types.uint64, target, types.uint64, types.uint16)
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        source = _at(context, builder, (sig.args[0], args[0]), args[1])
-        value = _load(builder, source, _vector(_I16, GROUP), 2)
-        equal = builder.icmp_unsigned("==", value, _splat(builder, args[2], GROUP))
+        here = _at(context, builder, (sig.args[0], args[0]), args[1])
+        there = _at(context, builder, (sig.args[2], args[2]), args[3])
+        value = _load(builder, here, _vector(_I16, GROUP), 2)
+        _store(builder, value, there, 2)
+        equal = builder.icmp_unsigned("==", value, _splat(builder, args[4], GROUP))
         return builder.zext(builder.bitcast(equal, _I32), _I64)
+
+    return signature, generate
+
+
+@intrinsic
+def low_bits(typing: Any, word: Any, count: Any) -> Any:
+    """The lowest `count` bits of a word, 1 to 63: one instruction where there is one for it."""
+    signature = types.uint64(types.uint64, types.uint64)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        if "+bmi2" in context.codegen().magic_tuple()[2]:
+            ty = ir.FunctionType(_I64, [_I64, _I64])
+            name = "llvm.x86.bmi.bzhi.64"
+            call = cgutils.get_or_insert_function(builder.module, ty, name)
+            return builder.call(call, list(args))
+        one = ir.Constant(_I64, 1)
+        return builder.and_(args[0], builder.sub(builder.shl(one, args[1]), one))
 
     return signature, generate
