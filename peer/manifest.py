@@ -282,7 +282,8 @@ class CodecSpec:
             get_codec(self.name)
         except ValueError:
             names = ", ".join(CODEC_NAMES)
-            expected = f"must be one of {names}, {ADAPTIVE}, sparse, or ecsq:A (A from 0.45 to 4)"
+            steps = "sparse:K (K to 1024), or ecsq:A (A from 0.45 to 4)"
+            expected = f"must be one of {names}, {ADAPTIVE}, {steps}"
             _need(False, "codec.name", expected, self.name)
 
 

@@ -1,6 +1,6 @@
 """Which inner loops this process uses: compiled ones where numba is, numpy's where it is not.
 
-The first process on a machine compiles them (about ten seconds, said in the log) into numba's
+The first process on a machine compiles them (about twelve seconds, said in the log) into numba's
 cache beside the sources or in the user's cache directory; later ones load them in well under half
 a second. `MURMURATION_PLAIN_CODECS=1` does without numba.
 """
@@ -19,7 +19,7 @@ from typing import Final
 log: Final = logging.getLogger("tensorcodecs")
 
 _SLOW_S: Final = 1.5  # loading takes less, compiling more
-COMPILING: Final = "compiling the codec for this machine, once; that takes about ten seconds"
+COMPILING: Final = "compiling the codec for this machine, once; that takes about twelve seconds"
 
 
 @lru_cache(maxsize=1)

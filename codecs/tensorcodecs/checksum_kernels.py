@@ -74,7 +74,9 @@ def _added(builder: Any, sums: Any, data: Any, key: Any) -> Any:
 
 
 @intrinsic
-def _add_stripes(typing: Any, data: Any, at: Any, count: Any, secret: Any, key: Any, sums: Any) -> Any:
+def _add_stripes(
+    typing: Any, data: Any, at: Any, count: Any, secret: Any, key: Any, sums: Any
+) -> Any:
     """Take `count` stripes from data[at] in; the secret moves on by eight bytes with each."""
     signature = types.void(data, types.int64, types.int64, secret, types.int64, sums)
 

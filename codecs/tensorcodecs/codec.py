@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, Protocol
 
-from tensorcodecs.ecsq import Ecsq
+from tensorcodecs.ecsq import RATE_MAX, RATE_MIN, Ecsq
 from tensorcodecs.errors import DecodeError
 from tensorcodecs.frame import HEADER
 from tensorcodecs.int8 import Int8
 from tensorcodecs.planes import Planes
-from tensorcodecs.sparse import Sparse
+from tensorcodecs.sparse import KEPT_MAX, Sparse
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -86,19 +86,17 @@ _CODECS: Final[dict[str, Codec]] = {
         Int8(lossless=False),
         Planes("bf16", 2, 2),
         Planes("fp32", 3, 4),
+        Sparse(name="sparse"),
     )
 }
 
 CODEC_NAMES: Final = tuple(_CODECS)
 
-# Not offered by name: it is of use with `tensorcodecs.feedback` only.
-_SPARSE: Final = Sparse(name="sparse")
-
-_BY_ID: Final = {codec.codec_id: codec for codec in (*_CODECS.values(), _SPARSE)}
+_BY_ID: Final = {codec.codec_id: codec for codec in _CODECS.values()}
 
 
 def get_codec(name: str) -> Codec:
-    """The codec of that name: one of `CODEC_NAMES`, `ecsq:A` with a step of A rms, `sparse`, or
+    """The codec of that name: one of `CODEC_NAMES`, `ecsq:A` with a step of A rms, or
     `sparse:K` with K values of 4096.
 
     Raises:
@@ -111,14 +109,16 @@ def get_codec(name: str) -> Codec:
             return Ecsq(float(name[5:]))
         except ValueError as error:
             raise ValueError(f"codec {name!r}: {error}") from None
-    if name == "sparse":
-        return _SPARSE
     if name.startswith("sparse:"):
         try:
             return Sparse(int(name[7:]))
         except ValueError as error:
             raise ValueError(f"codec {name!r}: {error}") from None
-    raise ValueError(f"no codec {name!r}; there are {', '.join(CODEC_NAMES)} and ecsq:A")
+    names = ", ".join(CODEC_NAMES)
+    raise ValueError(
+        f"no codec {name!r}; there are {names}, ecsq:A (A from {RATE_MIN} to {RATE_MAX:g}) "
+        f"and sparse:K (K from 1 to {KEPT_MAX})"
+    )
 
 
 def codec_of(payload: Payload) -> Codec:

@@ -44,11 +44,21 @@ from tensorcodecs.frame import (
     assemble,
     compressed,
     refuse_values,
+    require_frames,
     require_vector,
     scratch,
     seal,
 )
-from tensorcodecs.huffman import LENGTH_MAX, LOOKUP, SYMBOLS, Table, Weights, level_table, show_weights, shown_weights
+from tensorcodecs.huffman import (
+    LENGTH_MAX,
+    LOOKUP,
+    SYMBOLS,
+    Table,
+    Weights,
+    level_table,
+    show_weights,
+    shown_weights,
+)
 from tensorcodecs.layout import CHUNK_VALUES
 
 if TYPE_CHECKING:
@@ -451,9 +461,7 @@ class Ecsq:
 
     def decode_many(self, payloads: Sequence[Payload], out_N: Float32) -> None:
         """See `Codec.decode_many`."""
-        require_vector(out_N, 2**62)
-        if len(payloads) != -(-len(out_N) // CHUNK_VALUES):
-            raise DecodeError(f"{len(payloads)} frames for {len(out_N)} values")
+        require_frames(payloads, out_N)
         self._read_many(payloads, out_N, np.float32(1), add=False)
 
     def _read_many(

@@ -21,7 +21,7 @@ from __future__ import annotations
 import struct
 import threading
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,9 @@ import zstandard
 
 from tensorcodecs.errors import DecodeError, EncodeError
 from tensorcodecs.layout import CHUNK_VALUES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
 Float32 = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -280,6 +283,46 @@ def require_vector(x_N: Float32, limit: int = FRAME_VALUES_MAX) -> None:
         raise ValueError(f"need a contiguous float32 vector, got {x_N.dtype} {x_N.shape}")
     if len(x_N) > limit:
         raise ValueError(f"{len(x_N)} values; a frame holds at most {limit}")
+
+
+def encode_each(encode: Callable[[Float32], bytes], x_N: Float32) -> list[bytes]:
+    """A frame for every `CHUNK_VALUES` of `x_N`, one by one.
+
+    Raises:
+        EncodeError: a value can't be sent; its index is that in `x_N`.
+    """
+    require_vector(x_N, 2**62)
+    frames = []
+    for at in range(0, len(x_N), CHUNK_VALUES):
+        try:
+            frames.append(encode(x_N[at : at + CHUNK_VALUES]))
+        except EncodeError as error:
+            raise EncodeError(at + error.index, error.value) from None
+    return frames
+
+
+def require_frames(payloads: Sequence[Payload], out_N: Float32) -> None:
+    """One frame for every `CHUNK_VALUES` of `out_N`.
+
+    Raises:
+        DecodeError: more or fewer.
+        ValueError: `out_N` is not what `require_vector` wants.
+    """
+    require_vector(out_N, 2**62)
+    if len(payloads) != -(-len(out_N) // CHUNK_VALUES):
+        raise DecodeError(f"{len(payloads)} frames for {len(out_N)} values")
+
+
+def decode_each(
+    decode_into: Callable[[Payload, Float32], None], payloads: Sequence[Payload], out_N: Float32
+) -> None:
+    """The frames of `encode_each` into `out_N`, one by one.
+
+    Raises: like `require_frames`, and whatever `decode_into` does.
+    """
+    require_frames(payloads, out_N)
+    for unit, payload in enumerate(payloads):
+        decode_into(payload, out_N[unit * CHUNK_VALUES : (unit + 1) * CHUNK_VALUES])
 
 
 def refuse_values(x_N: Float32) -> EncodeError:

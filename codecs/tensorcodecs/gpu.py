@@ -783,7 +783,7 @@ class Received:
         Raises:
             DecodeError: one is not an intact frame of its chunk, as far as the host can see.
         """
-        if len(payloads) != max(1, -(-len(like_N) // chunk)):
+        if len(payloads) != -(-len(like_N) // chunk):
             raise DecodeError(f"{len(payloads)} frames for {len(like_N)} values")
         self._chunk = chunk
         self._zero_U: list[int] = []
@@ -905,7 +905,7 @@ class _Group:
         lookup_TW = _constants(self.bits, device).lookup_TW
         if self._own:
             own = self._tables[-len(self._own) :]
-            lookup_TW = torch.cat([lookup_TW, _short_lookups(own).to(device)])
+            lookup_TW = torch.cat([lookup_TW, _lookups(own).to(device)])
         return _Staged(self.bits, self.chunk, data, place, which, lookup_TW)
 
 
@@ -974,15 +974,14 @@ def _constants(bits: int, device: torch.device) -> _Constants:
     return _Constants(
         torch.from_numpy(shipped.cost_TL.astype(np.int32)).to(device),
         torch.from_numpy(shipped.entry_TS.astype(np.int32)).to(device),
-        _short_lookups(shipped.tables).to(device),
+        _lookups(shipped.tables).to(device),
     )
 
 
-def _short_lookups(tables: Sequence[Table]) -> torch.Tensor:
-    """(tables, 8192): symbol << 4 | length in 16 bits: half the room in the GPU's cache."""
-    lookup_TW: npt.NDArray[np.uint32] = np.stack([table.lookup_W for table in tables])
-    short_TW = ((lookup_TW >> 8) << 4 | (lookup_TW & 15)).astype(np.uint16)
-    return torch.from_numpy(short_TW.view(np.int16))
+def _lookups(tables: Sequence[Table]) -> torch.Tensor:
+    """(tables, 8192)"""
+    lookup_TW: npt.NDArray[np.uint16] = np.stack([table.lookup_W for table in tables])
+    return torch.from_numpy(lookup_TW.view(np.int16))
 
 
 def _require(x_N: torch.Tensor, chunk: int) -> None:

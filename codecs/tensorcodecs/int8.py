@@ -33,6 +33,7 @@ from tensorcodecs.frame import (
     assemble,
     bytes_max,
     compressed,
+    decode_each,
     refuse_values,
     require_vector,
     scratch,
@@ -144,11 +145,7 @@ class Int8:
 
     def decode_many(self, payloads: Sequence[Payload], out_N: Float32) -> None:
         """See `Codec.decode_many`."""
-        require_vector(out_N, 2**62)
-        if len(payloads) != -(-len(out_N) // CHUNK_VALUES):
-            raise DecodeError(f"{len(payloads)} frames for {len(out_N)} values")
-        for unit, payload in enumerate(payloads):
-            self.decode_into(payload, out_N[unit * CHUNK_VALUES : (unit + 1) * CHUNK_VALUES])
+        decode_each(self.decode_into, payloads, out_N)
 
     def accumulate(self, payload: Payload, weight: float, acc_N: Float32) -> None:
         """See `Codec.accumulate`."""

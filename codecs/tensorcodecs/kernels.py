@@ -268,7 +268,7 @@ def _write_out(piece: Any, rounds: int, work: Any) -> None:
 
 
 @inner
-def _usual(data: Any, start: int, stop: int, kind: int, numel: int, tables: int, sums: Any) -> int:
+def _usual(data: Any, start: int, stop: int, kind: int, numel: int, tables: int, sums: Any) -> Any:
     """The table of an intact frame of that `kind` with `numel` values; -1 for whatever else."""
     size = stop - start
     if start < 0 or stop > data.size or size - CHECKED < LONG_FROM:

@@ -334,8 +334,8 @@ def decode_symbols(section: memoryview, length: int, table: Table) -> Symbols:
             | data[byte_S + 2].astype(np.int64) << 16
         )
         entry_S = table.lookup_W[(word_S >> (place_S & 7)) & ((1 << LENGTH_MAX) - 1)]
-        symbol_SE[:, at] = entry_S >> 8
-        place_S = place_S + np.where(at < count_S, (entry_S & 63).astype(np.int64), 0)
+        symbol_SE[:, at] = entry_S >> 4
+        place_S = place_S + np.where(at < count_S, (entry_S & 15).astype(np.int64), 0)
     end_S = start_S + np.array(sizes)
     spare_S = data[np.minimum(place_S >> 3, len(data) - 1)] >> (place_S & 7)
     exact_S = ((place_S + 7) >> 3 == end_S) & ((place_S % 8 == 0) | (spare_S == 0))

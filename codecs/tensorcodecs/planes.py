@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import numpy.typing as npt
 
-from tensorcodecs.errors import DecodeError, EncodeError
+from tensorcodecs.errors import DecodeError
 from tensorcodecs.frame import (
     VALUE_ABS_MAX,
     Bytes,
@@ -22,6 +22,8 @@ from tensorcodecs.frame import (
     Frame,
     Payload,
     bytes_max,
+    decode_each,
+    encode_each,
     pack,
     refuse_values,
     require_vector,
@@ -81,22 +83,11 @@ class Planes:
 
     def encode_many(self, x_N: Float32) -> list[bytes]:
         """See `Codec.encode_many`."""
-        require_vector(x_N, 2**62)
-        frames = []
-        for at in range(0, len(x_N), CHUNK_VALUES):
-            try:
-                frames.append(self.encode(x_N[at : at + CHUNK_VALUES]))
-            except EncodeError as error:
-                raise EncodeError(at + error.index, error.value) from None
-        return frames
+        return encode_each(self.encode, x_N)
 
     def decode_many(self, payloads: Sequence[Payload], out_N: Float32) -> None:
         """See `Codec.decode_many`."""
-        require_vector(out_N, 2**62)
-        if len(payloads) != -(-len(out_N) // CHUNK_VALUES):
-            raise DecodeError(f"{len(payloads)} frames for {len(out_N)} values")
-        for unit, payload in enumerate(payloads):
-            self.decode_into(payload, out_N[unit * CHUNK_VALUES : (unit + 1) * CHUNK_VALUES])
+        decode_each(self.decode_into, payloads, out_N)
 
     def decode_into(self, payload: Payload, out_N: Float32) -> None:
         """See `Codec.decode_into`."""

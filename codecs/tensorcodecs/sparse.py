@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tensorcodecs.backend import sparse_kernels
-from tensorcodecs.errors import DecodeError, EncodeError
+from tensorcodecs.errors import DecodeError
 from tensorcodecs.frame import (
     FIXED,
     HEADER,
@@ -38,6 +38,8 @@ from tensorcodecs.frame import (
     Frame,
     Payload,
     assemble,
+    decode_each,
+    encode_each,
     refuse_values,
     require_vector,
     scratch,
@@ -139,14 +141,7 @@ class Sparse:
 
     def encode_many(self, x_N: Float32) -> list[bytes]:
         """See `Codec.encode_many`."""
-        require_vector(x_N, 2**62)
-        frames = []
-        for at in range(0, len(x_N), CHUNK_VALUES):
-            try:
-                frames.append(self.encode(x_N[at : at + CHUNK_VALUES]))
-            except EncodeError as error:
-                raise EncodeError(at + error.index, error.value) from None
-        return frames
+        return encode_each(self.encode, x_N)
 
     def _zero(self, numel: int) -> bytes:
         return assemble(CODEC_ID, ZERO, numel, self.kept, bits=BITS)
@@ -200,11 +195,7 @@ class Sparse:
 
     def decode_many(self, payloads: Sequence[Payload], out_N: Float32) -> None:
         """See `Codec.decode_many`."""
-        require_vector(out_N, 2**62)
-        if len(payloads) != -(-len(out_N) // CHUNK_VALUES):
-            raise DecodeError(f"{len(payloads)} frames for {len(out_N)} values")
-        for unit, payload in enumerate(payloads):
-            self.decode_into(payload, out_N[unit * CHUNK_VALUES : (unit + 1) * CHUNK_VALUES])
+        decode_each(self.decode_into, payloads, out_N)
 
     def accumulate(self, payload: Payload, weight: float, acc_N: Float32) -> None:
         """See `Codec.accumulate`. Touches the values that were sent, and no other."""

@@ -40,9 +40,8 @@ _PACKAGE_MAX: Final = 2**61  # see `huffman.package_merge`
 _MARK: Final = np.uint64(1 << 63)
 LANES: Final = 8
 LANE: Final = 6144 + _GROUP
-"""From one lane's decoded symbols to the next's: the longest stream of a chunk, and a cache line, so
-that not all of them compete for the same lines of the first cache. Being known when this is compiled
-it takes no registers."""
+"""From one lane's decoded symbols to the next's: the longest stream of a chunk, and a cache line,
+so that they don't all want the same lines of the first cache. A constant takes no register."""
 _FLOAT: Final = 4  # bytes
 
 GOOD: Final = 0
@@ -52,7 +51,7 @@ BAD_LITERALS: Final = 3
 BAD_SCALE: Final = 4
 
 _U8, _U16, _U32, _I64 = types.uint8, types.uint16, types.uint32, types.int64
-LOOKUP: Final = _U32
+LOOKUP: Final = _U16
 """The type of a decoder's table: see `huffman.Table`."""
 
 
@@ -122,8 +121,8 @@ def _finish_stream(
     """Decode the last symbols of a stream one by one; whether it ends exactly at `end`."""
     for i in range(at, stop):
         entry = lookup_W[buffer & _U(8191)]
-        buffer >>= _U(entry) & _U(63)
-        out[i] = np.uint16(entry >> np.uint32(8))
+        buffer >>= _U(entry) & _U(15)
+        out[i] = np.uint16(entry >> np.uint16(4))
         used = leading_zeros(buffer)
         place += used >> _U(3)
         buffer = (load64(data, place) | _MARK) >> (used & _U(7))
@@ -161,11 +160,11 @@ def decode_eight(
 
     `data` must go on for 13 bits per symbol and eight bytes from where the last one starts.
     """
-    low = _U(63)
+    low = _U(15)
     three = _U(3)
     seven = _U(7)
     width = _U(63) - leading_zeros(_U(lookup_W.size))  # of what a code is looked up by
-    eight = np.uint32(8)
+    eight = np.uint16(4)
     p0 = _U(start)
     p1 = p0 + _U(size_N[stream])
     p2 = p1 + _U(size_N[stream + 1])
@@ -279,12 +278,12 @@ def decode_eight(
 def collect(
     lane_T: Any, each: int, symbol_T: Any, data: Any, start: int, done: int, total: int,
     escape_E: Any,
-) -> int:  # fmt: skip
+) -> Any:  # fmt: skip
     """The lanes' symbols, `each` of them but the last's, one after another to `symbol_T`.
 
-    Where ESCAPE stands come the literals `done`.. (12 bits each, from data[start]). Returns how many
-    are used up now; more than `total` if there were too few. `symbol_T` must go on for 32 symbols
-    and `escape_E` is room for as many places.
+    Where ESCAPE stands come the literals `done`.. (12 bits each, from data[start]). Returns how
+    many are used up now; more than `total` if there were too few. `symbol_T` must go on for 32
+    symbols and `escape_E` is room for as many places.
     """
     size = symbol_T.size - _GROUP
     found = _U(0)
@@ -419,7 +418,7 @@ def read_layout(data: Any, start: int, stop: int, length: int, size_N: Any) -> i
 def read_group(
     data: Any, place: int, size_N: Any, stream: int, length: int, lookup_W: Any, lane_T: Any,
     pad: Any, coming: int, following: int, piece: Any, rounds: int,
-) -> int:  # fmt: skip
+) -> Any:  # fmt: skip
     """Decode streams stream..stream+7, or as many as there are, into the lanes; how many symbols.
 
     Returns -1 if one is not exactly as long as it should be. Reads in place where a stream of the

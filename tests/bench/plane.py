@@ -183,7 +183,7 @@ def _pseudo_gradients(quick: bool, seed: int, progress: Progress) -> list[Float3
 
 def _names() -> list[str]:
     steps = [f"ecsq:{a:g}" for a in _SWEEP]
-    return list(dict.fromkeys([*CODEC_NAMES, "sparse", *_SPARSER, *steps]))
+    return list(dict.fromkeys([*CODEC_NAMES, *_SPARSER, *steps]))
 
 
 def _trip(name: str) -> Trip:

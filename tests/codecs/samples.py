@@ -34,8 +34,9 @@ if TYPE_CHECKING:
 Float64 = npt.NDArray[np.float64]
 
 INT8, BF16, FP32, ECSQ = 1, 2, 3, CODEC_ID
-EVERY = (*CODEC_NAMES, "ecsq:0.7", "sparse")
-"""Codecs by name, those that a manifest can't name among them."""
+EVERY = (*CODEC_NAMES, "ecsq:0.7")
+DENSE = tuple(name for name in CODEC_NAMES if name != "sparse")
+"""Codecs that send something of every value."""
 LENGTHS = (0, 1, 3, 5, 63, 64, 65, 4095, 4096, 4097, 10_001, 12_288, 65_537, 98_303, 98_304)
 
 

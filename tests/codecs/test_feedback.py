@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tensorcodecs import Codec
     from tensorcodecs.frame import Float32
 
-NAMES = (*CODEC_NAMES, "ecsq:0.7", "sparse", "sparse:16")
+NAMES = (*CODEC_NAMES, "ecsq:0.7", "sparse:16")
 
 
 def decode(codec: Codec, frames: list[bytes], numel: int) -> Float32:
@@ -125,7 +125,7 @@ def test_arguments_that_make_no_sense_are_refused() -> None:
 
 
 def test_every_codec_has_a_default_decay_or_none() -> None:
-    assert {*CODEC_NAMES, "sparse", "ecsq"} == set(DEFAULT_DECAY)
+    assert {*CODEC_NAMES, "ecsq"} == set(DEFAULT_DECAY)
     for decay in DEFAULT_DECAY.values():
         assert decay is None or 0 < decay <= 1
     assert DEFAULT_DECAY["sparse"] is not None

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from tensorcodecs.frame import Bytes, Float32
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "codec_v1.json"
-NAMES = (*CODEC_NAMES, "sparse")
+NAMES = CODEC_NAMES
 PLANES = {BF16: 2, FP32: 4}
 SMALL_VALUES = 700
 SHOWN_VALUES = 100  # of more the file holds a digest

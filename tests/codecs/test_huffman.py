@@ -124,7 +124,7 @@ def check_canonical(table: Table) -> None:
         low_first = int(f"{code:0{length}b}"[::-1], 2)
         assert entry >> 9 == low_first
         following = np.arange(1 << (LENGTH_MAX - length)) << length | low_first
-        assert np.all(table.lookup_W[following] == (symbol << 8 | length))
+        assert np.all(table.lookup_W[following] == (symbol << 4 | length))
         code += 1
     assert code == 1 << before  # the last code is all ones: no 13 bits are left over
 

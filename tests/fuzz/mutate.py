@@ -27,7 +27,7 @@ SMALL: Final = (
 LARGE: Final = (5000, 8191, 8192, 12_287, 12_288, 12_289, 16_384, 20_000, 24_576, 24_577)
 WHOLE: Final = (49_153, CHUNK_VALUES - 1, CHUNK_VALUES)
 
-READERS: Final = (*CODEC_NAMES, "sparse")
+READERS: Final = CODEC_NAMES
 """Who reads what comes: every codec that a frame can name."""
 
 _SIZE: Final = struct.Struct("<I")
