@@ -319,7 +319,7 @@ def compile_kernels() -> str:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from tensorcodecs import gpu
+    from tensorcodecs import gpu_levels, gpu_streams
 
     types = {name: kind for kind, names in _TYPES.items() for name in names.split()}
     fixed = {
@@ -329,15 +329,15 @@ def compile_kernels() -> str:
         "ADD": True,
     }  # fmt: skip
     found = []
-    for name, kernel in vars(gpu).items():
+    for name, kernel in (vars(gpu_levels) | vars(gpu_streams)).items():
         if not name.endswith("_kernel"):
             continue
-        rows = 16 if name == "_scale_kernel" else 4
+        rows = 16 if name == "scale_kernel" else 4
         constants = {k: v for k, v in (fixed | {"ROWS": rows}).items() if k in kernel.arg_names}
         signature = {k: "constexpr" if k in constants else types[k] for k in kernel.arg_names}
-        if name == "_expand_kernel":
+        if name == "expand_kernel":
             signature["out"] = "*fp32"
-        warps = 1 if name in ("_encode_kernel", "_decode_kernel") else 4
+        warps = 1 if name in ("encode_kernel", "decode_kernel") else 4
         compiled = triton.compile(
             ASTSource(kernel, signature, constants),
             target=GPUTarget("cuda", 90, 32),
