@@ -1,6 +1,6 @@
 """XXH3's 64-bit checksum, compiled: what `frame.checksum_of` gives, without a call per frame.
 
-Only for inputs of more than 240 bytes and without a seed: that is what frames have. Eight sums of
+Only for inputs of more than 240 bytes (`frame.COMPILED_FROM`) and without a seed. Eight sums of
 64 bits run over stripes of 64 bytes; after every sixteen they are scrambled. (Collet, "XXH3", the
 specification in the xxHash repository, doc/xxhash_spec.md, version 0.2.0.)
 """
@@ -19,8 +19,6 @@ from tensorcodecs.jit import inner
 from tensorcodecs.vector import _at, _load, _store, _vector, load64
 
 _U: Final = np.uint64
-LONG_FROM: Final = 241
-"""Fewer bytes go by other rules, which are not here."""
 
 _STRIPE: Final = 64
 _STRIPES: Final = 16  # before the sums are scrambled
@@ -129,7 +127,7 @@ def _folded(typing: Any, one: Any, other: Any) -> Any:
 
 @inner
 def checksum(data: Any, start: int, stop: int, sums: Any) -> np.uint32:
-    """The low half of XXH3-64 of data[start:stop], LONG_FROM bytes or more. `sums`: (8,) uint64."""
+    """The low half of XXH3-64 of data[start:stop], more than 240 bytes. `sums`: (8,) uint64."""
     size = stop - start
     for lane in range(8):
         sums[lane] = _START[lane]

@@ -30,7 +30,7 @@ from tensorcodecs import plain
 from tensorcodecs.backend import kernels
 from tensorcodecs.errors import DecodeError, EncodeError
 from tensorcodecs.frame import (
-    CHECKED,
+    COMPILED_FROM,
     FIXED,
     HEADER,
     OWN,
@@ -75,7 +75,6 @@ _FLOAT: Final = struct.Struct("<f")
 _PAST_CACHE_BYTES: Final = 16 * 2**20  # half of a large core complex's last cache
 _BITS_AT: Final = 10  # in a header
 _TABLE_AT: Final = 11
-_SEALED_FROM: Final = CHECKED + 241  # shorter frames' checksums go by other rules: see `seal`
 _STEP: Final = struct.Struct("<h")
 _SPARSE_BITS: Final = 0.4  # per value: below, zstd finds runs that a code per symbol can't use
 
@@ -296,7 +295,7 @@ class Ecsq:
             while done < units:
                 done += compiled.encode_chunks(
                     part[done * CHUNK_VALUES :], CHUNK_VALUES, self.square, self.reach, self.bits,
-                    _kind(self.bits), self.parameter, shipped.cost_TL, shipped.ready_T,
+                    kind_of(self.bits), self.parameter, shipped.cost_TL, shipped.ready_T,
                     shipped.entry_TS, out[done * pitch :], HEADER.size, pitch, count_UL[done:],
                     info_U[done:], scratch.symbols, scratch.literals,
                 )  # fmt: skip
@@ -314,7 +313,7 @@ class Ecsq:
                 else:
                     at = unit * pitch
                     frame: bytes | memoryview = out.data[at : at + HEADER.size + size]
-                    if len(frame) < _SEALED_FROM:
+                    if len(frame) < COMPILED_FROM:
                         frame = seal(
                             out[at:], size, CODEC_ID, FIXED, len(values), self.parameter,
                             bits=self.bits, table=table,
@@ -527,7 +526,7 @@ def _past_cache(out_N: Float32, *, add: bool) -> bool:
     return not add and out_N.nbytes >= _PAST_CACHE_BYTES
 
 
-def _kind(bits: int) -> int:
+def kind_of(bits: int) -> int:
     """Codec, mode and bits of the usual frame, as they follow each other in a header."""
     return CODEC_ID | FIXED << 8 | bits << 16
 
@@ -557,7 +556,7 @@ def _decode_usual(
     shipped = shipped_tables(bits)
     while True:
         found = int(compiled.decode_frames(
-            data, start_U, stop_U, first, bits, _kind(bits), shipped.ready_T, shipped.lookup_TW,
+            data, start_U, stop_U, first, bits, kind_of(bits), shipped.ready_T, shipped.lookup_TW,
             out_N, CHUNK_VALUES, add, past_cache, weight, scratch.symbols, scratch.literals,
             scratch.escapes, scratch.bytes,
         ))  # fmt: skip

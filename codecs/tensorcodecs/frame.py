@@ -45,6 +45,8 @@ HEADER: Final = struct.Struct("<3sBIBBBBIII")
 _FIELDS: Final = struct.Struct("<BBBBIII")  # what the checksum covers of the header
 CHECKED: Final = 8
 """Where what the checksum covers begins."""
+COMPILED_FROM: Final = CHECKED + 241
+"""Bytes of the shortest frame whose checksum is compiled: shorter ones go by other rules."""
 _CHECKSUM: Final = struct.Struct("<I")
 
 RAW: Final = 0
@@ -115,8 +117,8 @@ class Frame:
     body: memoryview
 
     @classmethod
-    def read(cls, payload: Payload) -> Frame:
-        """Any codec's frame.
+    def read(cls, payload: Payload, *, intact: bool = False) -> Frame:
+        """Any codec's frame. `intact`: its checksum was found good before.
 
         Raises:
             DecodeError: it is none, is damaged, or has bytes missing or left over.
@@ -134,20 +136,20 @@ class Frame:
         body = data[HEADER.size :]
         if len(body) != size:
             raise DecodeError(f"the header announces {size} bytes, {len(body)} follow")
-        if checksum_of(data[CHECKED:]) != checksum:
+        if not intact and checksum_of(data[CHECKED:]) != checksum:
             raise DecodeError("the checksum does not match: damaged on the way")
         if numel > FRAME_VALUES_MAX:
             raise DecodeError(f"a frame of {numel} values; at most {FRAME_VALUES_MAX} are allowed")
         return cls(codec, mode, bits, table, numel, parameter, body)
 
     @classmethod
-    def parse(cls, payload: Payload, codec_id: int, numel: int) -> Frame:
-        """Read a frame that must be `codec_id`'s and hold `numel` values.
+    def parse(cls, payload: Payload, codec_id: int, numel: int, *, intact: bool = False) -> Frame:
+        """Read a frame that must be `codec_id`'s and hold `numel` values; `intact`: see `read`.
 
         Raises:
             DecodeError: it is not one, is damaged, or has bytes missing or left over.
         """
-        frame = cls.read(payload)
+        frame = cls.read(payload, intact=intact)
         if frame.codec != codec_id:
             raise DecodeError(f"a frame of codec {frame.codec}, expected {codec_id}")
         if frame.numel != numel:

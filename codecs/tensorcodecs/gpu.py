@@ -31,9 +31,20 @@ except ImportError as error:
     ) from error
 
 from tensorcodecs import plain
-from tensorcodecs.ecsq import CODEC_ID, Ecsq, shipped_tables
+from tensorcodecs.ecsq import CODEC_ID, Ecsq, kind_of, shipped_tables
 from tensorcodecs.errors import DecodeError, EncodeError
-from tensorcodecs.frame import FIXED, HEADER, OWN, ZERO, Frame, Payload, refuse_values, seal
+from tensorcodecs.frame import (
+    COMPILED_FROM,
+    FIXED,
+    HEADER,
+    OWN,
+    ZERO,
+    Frame,
+    Payload,
+    refuse_values,
+    seal,
+)
+from tensorcodecs.gpu_host import receive, seal_all
 from tensorcodecs.gpu_levels import describe_kernel, expand_kernel, quantise_kernel, scale_kernel
 from tensorcodecs.gpu_streams import (
     NO_FAULT,
@@ -161,8 +172,13 @@ def _frames_of(codec: Ecsq, coded: Coded, x_N: torch.Tensor, first: int, chunk: 
     chosen_U = np.stack([info_U[:, 3], info_U[:, 1], info_U[:, 2]], 1).astype(np.int64)
     own_U = codec.wants_own(info_U[:, 4:].astype(np.int64), chosen_U)
     most = codec.bytes_max(chunk)
+    start_U = stop_U - info_U[:, 3] - HEADER.size
+    kind = kind_of(codec.bits)
+    sealed = seal_all(
+        array, start_U, stop_U, info_U[:, 1].astype(np.int64), kind, chunk, codec.parameter
+    )
     frames = []
-    for unit, stop in enumerate(stop_U):
+    for unit, (start, stop) in enumerate(zip(start_U.tolist(), stop_U.tolist(), strict=True)):
         peak, table, _, size = (int(v) for v in info_U[unit, :4])
         if peak == plain.NO_SCALE:
             frames.append(codec.zero_frame(chunk))
@@ -170,11 +186,12 @@ def _frames_of(codec: Ecsq, coded: Coded, x_N: torch.Tensor, first: int, chunk: 
             at = unit * chunk
             frames.append(_encode_on_host(codec, x_N[at : at + chunk], first + at))
         else:
-            frame = bytes(seal(
-                array[int(stop) - size - HEADER.size :], size, CODEC_ID, FIXED, chunk,
-                codec.parameter, bits=codec.bits, table=table,
-            ))  # fmt: skip
-            frames.append(frame)
+            if not sealed or stop - start < COMPILED_FROM:
+                seal(
+                    array[start:], size, CODEC_ID, FIXED, chunk, codec.parameter,
+                    bits=codec.bits, table=table,
+                )  # fmt: skip
+            frames.append(array[start:stop].tobytes())
     return frames
 
 
@@ -246,10 +263,12 @@ class Received:
         size = sum(map(len, payloads))
         host = torch.empty((size + 11) // 8 * 8, dtype=torch.uint8, pin_memory=like_N.is_cuda)
         array = host.numpy()
-        place = 0
+        array[size:] = 0
+        left = len(like_N) - chunk * np.arange(len(payloads), dtype=np.int64)
+        stop_U, intact_U = receive(payloads, array, np.minimum(left, chunk), CODEC_ID)
         for unit, payload in enumerate(payloads):
             numel = min(chunk, len(like_N) - unit * chunk)
-            frame = Frame.parse(payload, CODEC_ID, numel)
+            frame = Frame.parse(payload, CODEC_ID, numel, intact=bool(intact_U[unit]))
             if frame.mode == ZERO:
                 if len(frame.body) or frame.table:
                     raise DecodeError("a zero frame with a body")
@@ -257,13 +276,10 @@ class Received:
             elif numel == chunk and frame.mode in (FIXED, OWN) and frame.bits in _WIDTHS:
                 if frame.bits not in found:
                     found[frame.bits] = _Group(frame.bits, chunk)
-                found[frame.bits].add(unit, frame, place)
-                array[place : place + len(frame.body)] = np.frombuffer(frame.body, np.uint8)
-                place += len(frame.body)
+                found[frame.bits].add(unit, frame, int(stop_U[unit]) - len(frame.body))
             else:
                 self._odd_U.append((unit, _decode_on_host(payload, numel, weight)))
-        array[place:] = 0
-        data = host[: (place + 11) // 8 * 8].to(like_N.device, non_blocking=True)
+        data = host.to(like_N.device, non_blocking=True)
         self._staged = [group.upload(data) for group in found.values()]
         self._weight = float(weight)
 

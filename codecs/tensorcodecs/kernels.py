@@ -21,8 +21,8 @@ from tensorcodecs.byte_kernels import (
     levels_of_bytes,
     scale_bytes,
 )
-from tensorcodecs.checksum_kernels import LONG_FROM, checksum
-from tensorcodecs.frame import CHECKED, HEADER, MAGIC, VERSION
+from tensorcodecs.frame import COMPILED_FROM, HEADER
+from tensorcodecs.header_kernels import intact_fields, write_header
 from tensorcodecs.jit import entry, inner, readable
 from tensorcodecs.level_kernels import (
     BLOCK,
@@ -60,7 +60,7 @@ from tensorcodecs.stream_kernels import (
     symbols_each,
     write_symbols,
 )
-from tensorcodecs.vector import address_of, fence, load64, store64
+from tensorcodecs.vector import address_of, fence
 
 __all__ = [
     "byte_levels",
@@ -83,9 +83,7 @@ _U: Final = np.uint64
 _F: Final = np.float32
 _FLOAT: Final = 4  # bytes
 _HEADER: Final = HEADER.size
-_FIRST: Final = np.uint64(int.from_bytes(MAGIC + bytes([VERSION]), "little"))
-_LOW: Final = np.uint64(2**32 - 1)
-_KIND: Final = np.uint64(2**24 - 1)  # of a header's fields: codec, mode, bits
+_KIND: Final = 2**24 - 1  # the mask of a header's codec, mode and bits
 
 _F32, _U8, _U16, _U32 = types.float32, types.uint8, types.uint16, types.uint32
 _I64, _BOOL = types.int64, types.boolean
@@ -105,7 +103,7 @@ def encode_chunks(
     """Code each `chunk` values of `x`, the u-th to out[u * pitch:]: a frame.
 
     Its body (scales, codebook, symbols) begins after `before` bytes; the header says `kind` (codec,
-    mode and bits) and `parameter`, if the frame is long enough for `checksum`. `cost_TL` says how
+    mode and bits) and `parameter`, if the frame has COMPILED_FROM bytes. `cost_TL` says how
     many 1/256 bits a level costs in each of the tables `entry_TS`; the cheapest for the chunk's
     sample is taken. info_U[u] = (body's size or 0 if all zero or -1 if refused, table, cost of the
     sample); `count_UL`: magnitudes in the sample. `symbols` and `literal` are room for a chunk's
@@ -174,12 +172,8 @@ def encode_chunks(
         )
         info_U[unit, 0] = end - body
         head = body - _HEADER
-        if before == _HEADER and end - head - CHECKED >= LONG_FROM:
-            fields = _U(kind) | _U(best) << _U(24) | _U(piece.size) << _U(32)
-            store64(out, _U(head + 8), fields)
-            store64(out, _U(head + 16), _U(parameter) | _U(end - body) << _U(32))
-            total = _U(checksum(out, head + CHECKED, end, sums))
-            store64(out, _U(head), _FIRST | total << _U(32))
+        if before == _HEADER and end - head >= COMPILED_FROM:
+            write_header(out, head, end, kind, best, piece.size, parameter, sums)
     return (x.size + chunk - 1) // chunk
 
 
@@ -267,28 +261,6 @@ def _write_out(piece: Any, rounds: int, work: Any) -> None:
     edges(piece, work)
 
 
-@inner
-def _usual(data: Any, start: int, stop: int, kind: int, numel: int, tables: int, sums: Any) -> Any:
-    """The table of an intact frame of that `kind` with `numel` values; -1 for whatever else."""
-    size = stop - start
-    if start < 0 or stop > data.size or size - CHECKED < LONG_FROM:
-        return -1
-    first = load64(data, _U(start))
-    fields = load64(data, _U(start + 8))
-    rest = load64(data, _U(start + 16))
-    table = np.int64((fields >> _U(24)) & _U(255))
-    if (
-        (first & _LOW) != _FIRST
-        or (fields & _KIND) != _U(kind)
-        or (fields >> _U(32)) != _U(numel)
-        or (rest >> _U(32)) != _U(size - _HEADER)
-        or table >= tables
-        or (first >> _U(32)) != _U(checksum(data, start + CHECKED, stop, sums))
-    ):
-        return -1
-    return table
-
-
 @entry(
     _I64(
         readable(_U8), readable(_I64), readable(_I64), _I64, _I64, _I64, readable(_BOOL),
@@ -330,10 +302,11 @@ def decode_frames(
         start = start_U[unit]
         stop = stop_U[unit]
         piece = out[unit * chunk : (unit + 1) * chunk]
-        table = 0
+        table = np.int64(0)
         if kind != 0:
-            table = _usual(data, start, stop, kind, piece.size, lookup_TW.shape[0], sums)
-            if table < 0:
+            fields = intact_fields(data, start, stop, kind, _KIND, piece.size, sums)
+            table = fields >> 24
+            if fields < 0 or table >= lookup_TW.shape[0]:
                 found = UNUSUAL
                 break
             start += _HEADER
