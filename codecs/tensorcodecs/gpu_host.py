@@ -57,7 +57,7 @@ def seal_all(
     room: Bytes, start_U: Int64, stop_U: Int64, table_U: Int64, kind: int, numel: int,
     parameter: int,
 ) -> bool:  # fmt: skip
-    """Write headers of frames whose bodies are there; not of those below `frame.COMPILED_FROM` bytes.
+    """Write headers of frames whose bodies are there; not of those below COMPILED_FROM bytes.
     Returns whether that is done: not without numba.
 
     `kind`: codec, mode and bits, as they follow each other in a header.
