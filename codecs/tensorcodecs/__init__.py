@@ -1,7 +1,7 @@
 """Named tensors to bytes and back, small and fast, for peers that average what they learned.
 
     layout = Layout.of([("w", (512, 512)), ("b", (512,))])     # the same order on every peer
-    codec = get_codec("int8")
+    codec = get_codec("high")
     frames = [codec.encode(flat[layout.unit_slice(unit)]) for unit in range(layout.units)]
 
     mean = WeightedMean.of_span(layout, 0, layout.units, codec)
