@@ -66,6 +66,7 @@ from protocols.events import (
     SpanReduced,
     StateFailed,
     StateReady,
+    StopSending,
     Suspected,
     TakeContribution,
     Tick,
@@ -148,9 +149,10 @@ class Learner(Protocol):
 
     async def snapshot(self) -> Snapshot: ...
 
-    async def load(self, state: Snapshot, step_back: bool) -> bool:
+    async def load(self, state: Snapshot, step_back: bool, parted: int | None = None) -> bool:
         """Take a donor's state; False if it is not what its digest says, or older than ours
-        without leave to `step_back`."""
+        without leave to `step_back`. `parted`: what was learned here since that round is kept
+        for the next contribution."""
 
 
 class Driver:
@@ -193,6 +195,8 @@ class Driver:
         self._serving_state = asyncio.Semaphore(2)
         self._due: dict[int, tuple[float, Plan]] = {}
         self._sent: dict[int, Taken] = {}
+        self._sending: dict[tuple[int, int], asyncio.Task[None]] = {}
+        """(round, span) -> our contribution on its way."""
         self._coordinator: PeerId | None = None
         self._fetched_from = PeerId("")
         self.round_finished: Callable[[int, AppliedFacts, list[Outcome], Plan | None, float], None]
@@ -238,11 +242,11 @@ class Driver:
         if count <= REFUSALS_TOLD_MAX:
             self.emit(ev.PeerRefused(error.peer, error.reason))
 
-    def _start(self, work: Coroutine[Any, Any, None], name: str) -> None:
+    def _start(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None] | None:
         if self._tasks is None:
             work.close()
-            return
-        self._tasks.create_task(work, name=name)
+            return None
+        return self._tasks.create_task(work, name=name)
 
     # ── effects ──────────────────────────────────────────────────────────────────────────
     def _perform(self, effect: Effect) -> None:
@@ -256,7 +260,14 @@ class Driver:
             case TakeContribution(number):
                 self._start(self._take(number), f"take {number}")
             case SendContribution(plan, span, to):
-                self._start(self._send_contribution(plan, span, to), f"send {span} to {to}")
+                work = self._send_contribution(plan, span, to)
+                task = self._start(work, f"send {span} to {to}")
+                if task is not None:
+                    self._sending = {k: t for k, t in self._sending.items() if not t.done()}
+                    self._sending[plan.round, span] = task
+            case StopSending(number, span):
+                if (late := self._sending.pop((number, span), None)) is not None:
+                    late.cancel()
             case CloseSpan(plan, span, keep):
                 self._start(self._close_span(plan, span, keep), f"close {span}")
             case DropSpan(number, span):
@@ -270,8 +281,8 @@ class Driver:
                 self._start(self._fetch(peer, number, span), f"fetch {number} from {peer}")
             case ApplyRound() if not self.machine.leaving:
                 self._start(self._apply(effect), f"apply {effect.round}")
-            case FetchState(donor, _, step_back):
-                self._start(self._fetch_state(donor, step_back), f"state from {donor}")
+            case FetchState():
+                self._start(self._fetch_state(effect), f"state from {effect.donor}")
             case PublishRecord():
                 self.publish()
             case _:
@@ -467,6 +478,7 @@ class Driver:
         if facts is None:
             return
         self.exchange.settle(effect.round, held)
+        self._tell_late(effect.round, facts.included)
         if effect.plan is None:
             self.emit(ev.CaughtUp(effect.round, self._fetched_from))
         due_s = self._due.get(effect.round, (self.clock.monotonic(), None))[0]
@@ -475,7 +487,15 @@ class Driver:
             effect.round, facts, held, effect.plan, max(0.0, self.clock.monotonic() - due_s)
         )
 
-    async def _fetch_state(self, donor: PeerId, step_back: bool) -> None:
+    def _tell_late(self, number: int, included: float) -> None:
+        """What is not inside stays in our local progress, and so in the next contribution."""
+        taken = self._sent.get(number)
+        if taken is not None and taken.contribution.weight > 0 and included < 1.0:
+            tokens = float(taken.contribution.weight) * (1.0 - included)
+            self.emit(ev.WorkCarriedOver(number, 1.0 - included, tokens))
+
+    async def _fetch_state(self, effect: FetchState) -> None:
+        donor = effect.donor
         begun_s = self.clock.monotonic()
         try:
             state = await fetch_state(
@@ -491,7 +511,7 @@ class Driver:
             self.refused(error)
             self.feed(StateFailed(donor, error.reason))
             return
-        if not await self.learner.load(state, step_back):
+        if not await self.learner.load(state, effect.step_back, effect.parted):
             self.feed(StateFailed(donor, "its state is older than ours, or not what it says"))
             return
         self.emit(

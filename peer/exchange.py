@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 from peer.clock import SYSTEM, Clock
 from peer.net.transport import Stream, Transport, TransportError
+from peer.sending import batches, missed_again
 from peer.train.method import Contribution, Reducer
 from protocols import limits
 from protocols.blocks import NO_BLOCKS, BlockReport
@@ -141,6 +142,8 @@ class Exchange:
         self._codec = ThreadPoolExecutor(1, thread_name_prefix="codec")
         self._own: tuple[int, Contribution] | None = None
         self._own_blocks = NO_BLOCKS
+        self._missed: dict[int, int] = {}
+        """Unit -> how many rounds in a row ours came too late."""
         self._spans: dict[tuple[int, int, int], _OpenSpan] = {}
         self._outcomes: dict[int, list[Outcome]] = {}
         """round -> what is held of it, the latest last. Several of one span may be held while a
@@ -191,8 +194,7 @@ class Exchange:
             codec = self._codec_for(plan, index, to, contribution)
             begun_s, size = self._clock.monotonic(), 0
             if contribution.weight > 0:
-                for start in range(span.start, span.stop, BATCH_UNITS):
-                    stop = min(start + BATCH_UNITS, span.stop)
+                for start, stop in batches(span.start, span.stop, self._missed, BATCH_UNITS):
                     payloads = await self._compute(
                         lambda a=start, b=stop: contribution.encode(a, b, codec)  # type: ignore[misc]
                     )
@@ -398,7 +400,11 @@ class Exchange:
 
     def settle(self, number: int, applied: Iterable[Outcome]) -> None:
         """Round `number` was applied: keep exactly its outcomes, forget what is too old."""
-        self._outcomes[number] = list(applied)
+        outcomes = list(applied)
+        if self._own is not None and self._own[0] == number and self._own[1].weight > 0:
+            headers = (outcome.header for outcome in outcomes)
+            self._missed = missed_again(self._missed, headers, self._transport.peer_id)
+        self._outcomes[number] = outcomes
         oldest = number - limits.OUTCOME_ROUNDS_KEPT
         for old in [n for n in self._outcomes if n <= oldest or n > number + 1]:
             del self._outcomes[old]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from protocols.types import Digest, GroupName, PeerId, RunId
 T = TypeVar("T")
 
 EVALUATION_BATCH: Final = 16
+TOKENS_KEPT: Final = 1024  # rounds whose tokens are remembered: longer partitions count less
 LEDGER: Final = ".ledger"
 """Under this name the ledger's bytes lie among a checkpoint's inner arrays."""
 
@@ -106,6 +108,8 @@ class TrainerLearner:
         self._trainer = Trainer(self._build_all, threads=threads)
         self._validation: list[torch.Tensor] | None = None
         self._life = Stats()
+        self._tokens: deque[tuple[int, int]] = deque(maxlen=TOKENS_KEPT)
+        """(round, tokens learned for it): what a history of our own weighs."""
 
     # ── life ─────────────────────────────────────────────────────────────────────────────
     async def open(self) -> None:
@@ -239,6 +243,7 @@ class TrainerLearner:
             served_s=life.served_s + s.served_s,
             waited_s=life.waited_s + s.waited_s,
         )
+        self._tokens.append((number, s.tokens))
         return Taken(harvest.contribution, s.loss, s.steps, harvest.blocks, harvest.report)
 
     async def apply(
@@ -297,13 +302,20 @@ class TrainerLearner:
 
         return await self._trainer.run(look)
 
-    async def load(self, state: Snapshot, step_back: bool) -> bool:
+    async def load(self, state: Snapshot, step_back: bool, parted: int | None = None) -> bool:
+        own = [(n, tokens) for n, tokens in self._tokens if parted is not None and n >= parted]
+        learned = sum(tokens for _, tokens in own)
+        rounds = max(1, state.round - parted) if parted is not None else 0
+
         def replace(method: Method) -> bool:
             if state.round < self.round and not step_back:
                 return False
             before = method.state()
             try:
-                method.load_state(state.arrays)
+                if learned > 0:
+                    method.reconcile(state.arrays, float(learned), rounds)
+                else:
+                    method.load_state(state.arrays)
             except ValueError:
                 return False
             if method.digest() != state.digest:
@@ -317,6 +329,8 @@ class TrainerLearner:
 
         if not await self._trainer.run(replace):
             return False
+        if parted is not None and learned > 0:
+            self._emit(ev.Reconciled(state.round, parted, float(learned)))
         await self.save(replace=True)
         return True
 

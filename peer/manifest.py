@@ -237,11 +237,14 @@ class OuterSpec:
     """Share of the averaged update that is applied."""
     momentum: float = 0.9
     """How much of the past updates rides along."""
+    staleness: float = 0.5
+    """lambda: work that missed s exchanges counts 1 / (1 + lambda s) of its tokens. lora too."""
 
     def __post_init__(self) -> None:
         _above_zero("outer.lr", self.lr, 10)
         _need(0 <= self.momentum < 1, "outer.momentum", "must be from 0 to less than 1",
               self.momentum)  # fmt: skip
+        _between("outer.staleness", self.staleness, 0, 100)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -24,6 +24,7 @@ from protocols.types import Digest, PeerId
 LEAD_S: Final = 5.0  # quick heartbeats begin this long before contributions are due
 CALM_S: Final = 5.0  # and end this long after the last step, if digests don't agree sooner
 TRAIN_SHARE: Final = 1 / 8  # of the training phase between slow ones
+HURRY_S: Final = 0.05  # from a change of mind to the heartbeat
 HAIL_S: Final = 5.0  # between words to a suspect
 BEATS_MAX: Final = 8 * limits.GROUP_MEMBERS_MAX  # a site label can gather more than a group
 
@@ -110,7 +111,7 @@ class Company:
         effects: list[Effect] = []
         if now_s >= self._next_beat_s:
             self._beat_s = now_s
-            self._next_beat_s = now_s + self._pause_s(now_s)
+            self._next_beat_s = self._following_s(now_s)
             effects += self.beat(now_s)
         elif now_s <= here.members.sweep_s:
             return effects
@@ -122,7 +123,7 @@ class Company:
 
     def hurry(self, now_s: float) -> None:
         """Something changed: the next heartbeat may be wanted sooner."""
-        self._next_beat_s = min(self._next_beat_s, self._beat_s + self._pause_s(now_s))
+        self._next_beat_s = min(self._next_beat_s, max(now_s + HURRY_S, self._following_s(now_s)))
 
     def undelivered(self, peer: PeerId, now_s: float) -> None:
         """A word was lost: say it again soon, or a slow rhythm makes us look dead."""
@@ -133,22 +134,22 @@ class Company:
     def _next_ms(self, now_s: float) -> int:
         return int(max(limits.HEARTBEAT_S, self._next_beat_s - now_s) * 1000)
 
-    def _pause_s(self, now_s: float) -> float:
-        """Until the next heartbeat, as things are."""
+    def _following_s(self, now_s: float) -> float:
+        """When the heartbeat after the last one is due, as things are."""
+        soon_s = self._beat_s + limits.HEARTBEAT_S
         here = self._here
         current = here.current
         if not here.ready or here.pending is not None or current is None or not current.training:
-            return limits.HEARTBEAT_S
+            return soon_s
         if here.agreed < here.round and now_s - here.moved_s < CALM_S:
-            return limits.HEARTBEAT_S
+            return soon_s
         live = here.members.live(here.group, now_s)
         if not live or any(
             n.ready and (n.round != here.round or n.digest != here.digest) for n in live
         ):
-            return limits.HEARTBEAT_S
-        calm_s = current.due_s - LEAD_S - now_s
-        slow_s = min(current.plan.train_ms / 1000 * TRAIN_SHARE, limits.HEARTBEAT_S_MAX)
-        return max(limits.HEARTBEAT_S, min(slow_s, calm_s))
+            return soon_s
+        pause_s = min(current.plan.train_ms / 1000 * TRAIN_SHARE, limits.HEARTBEAT_S_MAX)
+        return max(soon_s, min(self._beat_s + pause_s, current.due_s - LEAD_S))
 
     def beat(self, now_s: float) -> list[Effect]:
         """Tell the group where we stand."""

@@ -233,6 +233,14 @@ class SendContribution:
 
 
 @dataclass(frozen=True, slots=True)
+class StopSending:
+    """The span is closed: what of our contribution is still on its way comes too late."""
+
+    round: int
+    span: int
+
+
+@dataclass(frozen=True, slots=True)
 class CloseSpan:
     """Freeze the span's accumulator, whatever is in it, and report SpanReduced.
 
@@ -288,6 +296,9 @@ class FetchState:
     round: int
     step_back: bool = False
     """Take it even if it has fewer rounds than ours: the majority went another way."""
+    parted: int | None = None
+    """We and the donor went on without each other from this round on: what we learned since then
+    is work, and is kept for the next contribution."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,7 +347,7 @@ class Differed:
 
 
 Effect = (
-    Send | SignPlan | TakeContribution | SendContribution | CloseSpan | DropSpan | PushOutcome
-    | FetchOutcomes | ApplyRound | FetchState | PublishRecord | PlanAdopted | GroupFormed
-    | Suspected | Agreed | Differed
+    Send | SignPlan | TakeContribution | SendContribution | StopSending | CloseSpan | DropSpan
+    | PushOutcome | FetchOutcomes | ApplyRound | FetchState | PublishRecord | PlanAdopted
+    | GroupFormed | Suspected | Agreed | Differed
 )  # fmt: skip

@@ -93,7 +93,7 @@ class Following:
         if current is not None and current.number == plan.round and same_bounds(plan, current.plan):
             effects = current.revise(plan, now_s)
             return [PlanAdopted(plan, coordinator, current.due_s), *effects]
-        here.current = Round(here.me, plan, received_s, here.config.quorum)
+        here.current = Round(here.me, plan, received_s, here.config.quorum, here.arrivals)
         return [PlanAdopted(plan, coordinator, here.current.due_s)]
 
     def adopt_pending(self, now_s: float) -> list[Effect]:

@@ -204,6 +204,7 @@ class GroupMachine:
                 current = here.round_for(sender, header.group, header.round)
                 current.check_outcome(sender, push.epoch, header, push.outcome.signer)
                 here.members.heard(sender, now_s)
+                return current.outcome_coming(header)
             case Applied(number, digest):
                 return self._applied(number, digest, now_s)
             case OutcomeHeld():
@@ -238,7 +239,7 @@ class GroupMachine:
                     return current.contribution_taken(weight, now_s)
             case ContributionFolded(sender, number, span, complete):
                 if current is not None and current.number == number:
-                    current.folded(sender, span, complete)
+                    current.folded(sender, span, complete, now_s)
             case ContributionDelivered(peer, number, span):
                 if current is not None and current.number == number:
                     current.contribution_delivered(peer, span)

@@ -108,7 +108,27 @@ class Healing:
             return []
         donor = able[0]
         self._fetch = Attempt(donor.record.peer, now_s + STATE_FETCH_S)
-        return [FetchState(donor.record.peer, donor.round, step_back)]
+        return [FetchState(donor.record.peer, donor.round, step_back, self._parted(donor))]
+
+    def _parted(self, donor: Neighbour) -> int | None:
+        """Since when we and those who hold the donor's state have histories of our own.
+
+        None where all of them share our plan (then one of us has computed wrongly, and what we
+        learned on top of that is not kept), or where we know no state that we had in common. The
+        donor itself may be a fellow who healed a moment before us.
+        """
+        here = self._here
+        latest = here.current or here.previous
+        if not here.ready or latest is None:
+            return None
+        apart = [
+            n.agreed
+            for n in here.members.in_group(here.group)
+            if (n.round, n.digest) == (donor.round, donor.digest)
+            and n.agreed >= 0
+            and n.record.peer not in latest.plan.peers
+        ]
+        return max(apart, default=None)
 
     def check_digests(self, now_s: float) -> list[Effect]:
         """Compare with everyone who stands at the same round; the minority heals."""
@@ -120,6 +140,9 @@ class Healing:
         ]
         if not same_round or (here.current is not None and here.current.applying):
             return []
+        for n in same_round:
+            if n.digest == here.digest:
+                n.agreed = here.round
         behind = any(n.ready and n.round < here.round for n in here.members.live(here.group, now_s))
         tally = Tally([here.digest, *(n.digest for n in same_round)])
         if len(tally) == 1:

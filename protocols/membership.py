@@ -43,6 +43,8 @@ class Neighbour:
     digest: Digest = Digest(b"")  # noqa: RUF009  (an immutable value)
     ready: bool = False
     epoch: int = 0
+    agreed: int = -1
+    """The latest round at whose start its digest was ours; -1: never seen."""
     rtt_s: float | None = None
 
     @property

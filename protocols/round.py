@@ -3,7 +3,9 @@
 A member trains until its contribution is due, sends each span to that span's aggregator, and
 collects the reduced spans; the round is complete when an outcome for every span is held, and then
 it is applied exactly once. An aggregator closes a span when every live member has answered (with
-its contribution, or with the proof that the span was reduced before), or at the collect deadline.
+its contribution, or with the proof that the span was reduced before), or when most have and the
+others are late by what is usual (`Arrivals`), or at the collect deadline. A member whose outcome
+comes stops sending: what is not inside by then goes into its next contribution.
 
 A revised plan (same round, larger epoch) moves the spans of aggregators that vanished: members
 send again from what they still hold, or hand over the outcome if they have one, so no span is
@@ -16,6 +18,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Final
 
+from protocols.arrivals import Arrivals
 from protocols.errors import RemoteProtocolError
 from protocols.events import (
     ApplyRound,
@@ -26,6 +29,7 @@ from protocols.events import (
     PushOutcome,
     Send,
     SendContribution,
+    StopSending,
     TakeContribution,
 )
 from protocols.messages import ContributionHeader, OutcomeHeader, Plan, SpanHeld
@@ -52,6 +56,8 @@ class _Span:
     outcome: tuple[OutcomeHeader, Signed] | None = None
     own: _Try | None = None
     """Our contribution's way to the aggregator; None before it is frozen, inf once it is there."""
+    delays_s: list[float] = field(default_factory=list)
+    """If we aggregate: how long after the due time others' contributions were whole."""
     answered: set[PeerId] = field(default_factory=set)
     """If we aggregate: members whose contribution is in, or never will be."""
     fetching: PeerId | None = None
@@ -63,8 +69,11 @@ class _Span:
 class Round:
     """Member and aggregator roles of one round. Driven by `GroupMachine`, which owns liveness."""
 
-    def __init__(self, me: PeerId, plan: Plan, now_s: float, quorum: float) -> None:
-        """`quorum`: share of the live roster below which a span at its deadline is left as is."""
+    def __init__(
+        self, me: PeerId, plan: Plan, now_s: float, quorum: float, arrivals: Arrivals
+    ) -> None:
+        """`quorum`: share of the live roster below which a span at its deadline is left as is.
+        `arrivals`: what earlier rounds say about delays; this one adds to it."""
         self.me = me
         self.plan = plan
         self.adopted_s = now_s
@@ -75,9 +84,11 @@ class Round:
         self.weight: float | None = None
         self.applying = False
         self._quorum = quorum
+        self._arrivals = arrivals
         self._latest_end_s = self.end_s + 2 * plan.exchange_ms / 1000
         """However often it is revised, a round ends by then."""
         self._roster_ever = set(plan.peers)
+        self._revised = False
         self._spans = [_Span() for _ in plan.spans]
         self._fetch = _Try(self.end_s)
 
@@ -111,7 +122,7 @@ class Round:
                 continue
             mine = self.plan.spans[i].aggregator == self.me
             if mine and not span.closing:
-                times.append(self.collect_s)
+                times.append(self._closes_s(span, suspected))
             if span.own is not None:
                 times.append(span.own.at_s)
         return min(times)
@@ -163,14 +174,28 @@ class Round:
                 continue
             live = [p for p in self.plan.peers if p not in suspected or p == self.me]
             waiting = [p for p in live if p not in span.answered]
-            late = now_s >= self.collect_s
-            if waiting and not late:
+            if waiting and now_s < self._closes_s(span, suspected):
                 continue
             span.closing = True
+            self._arrivals.closed(span.delays_s, len(waiting))
             answered = len(span.answered & set(self.plan.peers))
             enough = not waiting or answered >= self._quorum * len(live)
             effects.append(CloseSpan(self.plan, i, keep=enough))
         return effects
+
+    def _closes_s(self, span: _Span, suspected: set[PeerId]) -> float:
+        """When a span that we aggregate closes without those who are missing.
+
+        After a revision members send anew, so that usual delays say nothing about it.
+        """
+        live = [p for p in self.plan.peers if p not in suspected or p == self.me]
+        most = 2 * len(span.answered.intersection(live)) > len(live)
+        enough = len(span.answered.intersection(live)) >= self._quorum * len(live)
+        usual = span.fetching is None and not self._revised and self.weight is not None
+        if not (most and enough and usual):
+            return self.collect_s
+        most_s = self.collect_s - self.due_s
+        return self.due_s + self._arrivals.patience_s(most_s, span.delays_s)
 
     def _push(self, now_s: float, suspected: set[PeerId]) -> list[Effect]:
         effects: list[Effect] = []
@@ -192,6 +217,8 @@ class Round:
         self._roster_ever |= set(plan.peers)
         if self.training:
             self.due_s = min(self.due_s, now_s + plan.train_ms / 1000)
+        else:
+            self._revised = True
         exchange_s = plan.exchange_ms / 1000
         start_s = max(now_s, self.due_s)
         self.end_s = min(max(self.end_s, start_s + exchange_s), self._latest_end_s)
@@ -213,6 +240,7 @@ class Round:
         if before == self.me:
             effects.append(DropSpan(self.number, i))
             span.answered.clear()
+            span.delays_s.clear()
             span.closing = False
             span.fetching = None
             span.pushes.clear()
@@ -265,9 +293,13 @@ class Round:
         if state.closing or state.outcome is not None:
             raise RemoteProtocolError(sender, f"span {header.span} is closed")
 
-    def folded(self, sender: PeerId, span: int, complete: bool) -> None:
-        if complete and span < len(self._spans):
-            self._spans[span].answered.add(sender)
+    def folded(self, sender: PeerId, span: int, complete: bool, now_s: float) -> None:
+        if not complete or span >= len(self._spans):
+            return
+        state = self._spans[span]
+        if sender != self.me and sender not in state.answered:
+            state.delays_s.append(now_s - self.due_s)
+        state.answered.add(sender)
 
     def contribution_delivered(self, peer: PeerId, span: int) -> None:
         if span < len(self._spans) and self.plan.spans[span].aggregator == peer:
@@ -308,6 +340,14 @@ class Round:
         if signer not in self._roster_ever:
             raise RemoteProtocolError(sender, f"an outcome signed by {signer}, no member")
 
+    def outcome_coming(self, header: OutcomeHeader) -> list[Effect]:
+        """The span's aggregator (checked) has closed it: what we still send is too late."""
+        own = self._spans[header.span].own
+        if own is None:
+            return []
+        own.at_s = math.inf
+        return [StopSending(self.number, header.span)]
+
     def hold(self, header: OutcomeHeader, signed: Signed, now_s: float) -> list[Effect]:
         """An outcome is here. The later one counts, until the round is applied."""
         if self.applying or header.span >= len(self._spans):
@@ -315,6 +355,7 @@ class Round:
         mine = self.plan.spans[header.span]
         if (header.start, header.stop) != (mine.start, mine.stop):
             return []
+        effects = self.outcome_coming(header)
         span = self._spans[header.span]
         span.outcome = (header, signed)
         span.own = None
@@ -322,7 +363,7 @@ class Round:
         span.fetching = None
         if mine.aggregator == self.me:
             self._queue_pushes(span, now_s)
-        return []
+        return effects
 
     def reduces(self, header: OutcomeHeader) -> bool:
         """Whether this is our own reduction of a span that is still ours."""

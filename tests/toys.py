@@ -90,6 +90,11 @@ class ToyMethod:
         self._theta_N[:] = arrays["theta"]
         self._x_N[:] = self._theta_N
 
+    def reconcile(self, arrays: Mapping[str, npt.NDArray[Any]], tokens: float, rounds: int) -> None:
+        if arrays["theta"].shape != self._theta_N.shape:
+            raise ValueError("another shape")
+        self._theta_N[:] = arrays["theta"]
+
     def digest(self) -> bytes:
         return hashlib.sha256(self._theta_N.tobytes()).digest()
 

@@ -119,6 +119,21 @@ class ContributionSent:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkCarriedOver:
+    """Part of this peer's work of a round came too late for its outcome.
+
+    None of it is lost: it stays in the local progress and goes out with the next contribution,
+    with a weight that falls with its age (`outer.staleness`).
+    """
+
+    round: int
+    share: float
+    """Of the units, 0..1."""
+    tokens: float
+    """Weight that was not counted this time."""
+
+
+@dataclass(frozen=True, slots=True)
 class CodecChosen:
     """A link got its own codec for our part of a span (`codec.name = "auto"`)."""
 
@@ -237,6 +252,20 @@ class StateReceived:
 
 
 @dataclass(frozen=True, slots=True)
+class Reconciled:
+    """A majority's state replaced ours after both had gone on without each other.
+
+    What was learned here since `parted` is not lost: it is the next contribution's.
+    """
+
+    round: int
+    parted: int
+    """The last round at whose start both had the same state."""
+    tokens: float
+    """Behind what is kept."""
+
+
+@dataclass(frozen=True, slots=True)
 class StateServed:
     peer: str
     round: int
@@ -308,9 +337,9 @@ class Left:
 
 Event = (
     Started | Notice | ViaAnswered | ViaFailed | GroupChanged | MemberSuspected | PeerRefused
-    | RoundPlanned | CodecChosen | ContributionSent | RoundFinished | BlocksCounted | BlocksReissued
-    | BlocksLost | DigestsAgreed | DigestDiffered
-    | StateReceived | StateServed | CaughtUp | CheckpointSaved | CheckpointLoaded | Progress
+    | RoundPlanned | CodecChosen | ContributionSent | WorkCarriedOver | RoundFinished
+    | BlocksCounted | BlocksReissued | BlocksLost | DigestsAgreed | DigestDiffered | StateReceived
+    | Reconciled | StateServed | CaughtUp | CheckpointSaved | CheckpointLoaded | Progress
     | DaemonRestarted | Left
 )  # fmt: skip
 

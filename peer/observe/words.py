@@ -114,6 +114,12 @@ def _line(event: ev.Event) -> Line | None:
                 f"got the run's state at round {event.round} from {short(event.donor)}:"
                 f" {size(event.bytes)} in {event.seconds:.1f} s",
             )
+        case ev.Reconciled():
+            return Line(
+                "info",
+                f"the group went on without us since round {event.parted}: took its state, kept our"
+                f" {event.tokens:,.0f} tokens of work for the next round",
+            )
         case ev.CaughtUp():
             return Line("info", f"made good the missed round {event.round} ({short(event.donor)})")
         case ev.CheckpointLoaded():
@@ -163,6 +169,11 @@ def _detail(event: ev.Event) -> Line | None:
             text = (
                 f"round {event.round}: {again} of {short(event.peer)} for others"
                 f" ({clean(event.reason)})"
+            )
+        case ev.WorkCarriedOver():
+            text = (
+                f"round {event.round}: {event.share:.0%} of this peer's work ({event.tokens:,.0f}"
+                " tokens) came too late; it goes into the next"
             )
         case ev.DigestsAgreed():
             text = (

@@ -52,7 +52,14 @@ def build_method(
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = build_model(manifest, assets)
     if manifest.method.kind == "lora":
-        return LoraMethod(model, manifest.method, manifest.inner, where, manifest.model.seed)
+        return LoraMethod(
+            model,
+            manifest.method,
+            manifest.inner,
+            where,
+            manifest.model.seed,
+            staleness=manifest.outer.staleness,
+        )
     adaptive = manifest.codec.name == ADAPTIVE
     codec = get_codec(MEAN_CODEC if adaptive else manifest.codec.name)
     for used in (codec, get_codec(MEAN_CODEC)):

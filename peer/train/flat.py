@@ -7,7 +7,9 @@ When the round's outcome has moved theta, x moves along:
     x += (theta_new - theta_old) + pending      where the outcome contains our contribution
     x += (theta_new - theta_old)                elsewhere: the work stays in x, and so in the next
 
-so no work is lost and none counts twice, whatever arrives, late or in part.
+so no work is lost and none counts twice, whatever arrives, late or in part. Another half's state,
+after a partition, is taken the same way: theta becomes theirs, x stays, and the difference between
+the two halves is the next contribution's (`reconcile`).
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import torch
 
 from peer.train.inner import Float32, Inner
 from peer.train.method import ArrayMap, Reducer, StepResult
+from peer.train.owed import Owed
 from tensorcodecs import VALUE_ABS_MAX, DecodeError
 
 UnitCoder = Callable[[int, int, str | None], list[bytes]]
@@ -48,7 +51,6 @@ class _Pending:
     """The frozen difference of the last contribution, and where it has been counted."""
 
     delta: Float32  # (N,)
-    weight: float
     counted: npt.NDArray[np.bool_] = field(repr=False)
 
 
@@ -61,14 +63,21 @@ class FlatMethod(ABC):
     dropped_work = 0
     """Contributions dropped because they were not finite."""
 
-    def __init__(self, inner: Inner, units: int, others: Mapping[str, Float32]) -> None:
-        """`others`: parts of the outer state besides theta, each (N,)."""
+    def __init__(
+        self,
+        inner: Inner,
+        units: int,
+        others: Mapping[str, Float32],
+        *,
+        staleness: float = 0.0,
+    ) -> None:
+        """`others`: parts of the outer state besides theta. `staleness`: see `Owed`."""
         self.inner = inner
         self.units = units
         self._theta_N = inner.to_numpy()
         self._outer: dict[str, Float32] = {self._main: self._theta_N, **others}
-        self._tokens = 0
-        self._owed = 0.0  # tokens of frozen work that no applied outcome contains yet
+        sizes = [where.stop - where.start for where in map(self._slice, range(units))]
+        self._owed = Owed(sizes, staleness)
         self._pending: _Pending | None = None
 
     _main = "theta"
@@ -111,7 +120,7 @@ class FlatMethod(ABC):
 
     def step(self, batch: torch.Tensor) -> StepResult:
         result = self.inner.step(batch)
-        self._tokens += result.tokens
+        self._owed.add(result.tokens)
         return result
 
     def contribution(self) -> FrozenWork:
@@ -123,16 +132,14 @@ class FlatMethod(ABC):
             self.inner.forget(slice(None))
             self._reset()
             return FrozenWork(0.0, unit_bytes)
-        weight = self._tokens + self._owed
-        self._tokens, self._owed = 0, weight
-        self._pending = _Pending(delta_N, weight, np.zeros(self.units, np.bool_))
+        weight = self._owed.freeze(self._pending.counted if self._pending is not None else None)
+        self._pending = _Pending(delta_N, np.zeros(self.units, np.bool_))
         return FrozenWork(weight, unit_bytes, self._snr_db)
 
     def apply(self, outcome: Sequence[bytes], mine: npt.NDArray[np.bool_]) -> None:
         if len(outcome) != self.units or mine.shape != (self.units,):
             raise ValueError(f"an outcome of {len(outcome)} units, expected {self.units}")
         pending = self._pending
-        counted = 0
         for unit, payload in enumerate(outcome):
             if not payload:
                 continue
@@ -148,16 +155,26 @@ class FlatMethod(ABC):
                 shift_U += pending.delta[where]
                 pending.counted[unit] = True
                 self._included(where)
-                counted += len(shift_U)
             self.inner.shift(where, shift_U)
-        if pending is not None:
-            share = counted / max(1, len(self._theta_N))
-            self._owed = max(0.0, self._owed - pending.weight * share)
 
     def state(self) -> ArrayMap:
         return {name: values.copy() for name, values in self._outer.items()}
 
     def load_state(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        self._replace(arrays)
+        self.inner.load(self._theta_N)
+        self._reset()
+
+    def reconcile(self, arrays: Mapping[str, npt.NDArray[Any]], tokens: float, rounds: int) -> None:
+        self._replace(arrays)
+        self._reset()
+        self._owed.reconciled(tokens, rounds)
+        if not sound(self._theta_N - self.inner.to_numpy()):
+            self.inner.load(self._theta_N)
+            self._reset()
+
+    def _replace(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        """The outer state, all of it or nothing."""
         if set(arrays) != set(self._outer):
             raise ValueError(f"a state of {sorted(arrays)}, expected {sorted(self._outer)}")
         for name, own in self._outer.items():
@@ -170,8 +187,6 @@ class FlatMethod(ABC):
                 raise ValueError(f"{name}: holds values that are not finite")
         for name, own in self._outer.items():
             own[:] = arrays[name]
-        self.inner.load(self._theta_N)
-        self._reset()
 
     def digest(self) -> bytes:
         sha = hashlib.sha256(self.inner.layout.digest())
@@ -195,7 +210,8 @@ class FlatMethod(ABC):
             yield model
 
     def _reset(self) -> None:
-        self._tokens, self._owed, self._pending = 0, 0.0, None
+        self._owed.reset()
+        self._pending = None
 
 
 def sound(x_N: npt.NDArray[Any]) -> bool:

@@ -133,6 +133,8 @@ class LoraMethod(FlatMethod):
         inner: InnerSpec,
         device: torch.device,
         seed: int,
+        *,
+        staleness: float = 0.0,
     ) -> None:
         """Puts adapters into `model` (taken over); A from the seed, B zero, on every peer alike.
 
@@ -149,7 +151,7 @@ class LoraMethod(FlatMethod):
                 parameter.data.zero_()
         made = Inner(peft_model, inner, device)
         self._adapters = _adapters(made)
-        super().__init__(made, len(self._adapters), {})
+        super().__init__(made, len(self._adapters), {}, staleness=staleness)
 
     def reducer(self) -> Reducer:
         return ProductMean(self._adapters)

@@ -100,6 +100,16 @@ class Method(Protocol):
             ValueError: names, shapes or types are not this method's.
         """
 
+    def reconcile(self, arrays: Mapping[str, npt.NDArray[Any]], tokens: float, rounds: int) -> None:
+        """Replace the outer state and keep what was learned locally: the next contribution carries
+        the difference, which is the work of `tokens` tokens in so many `rounds` of the others.
+
+        A method that can't do this may treat it as `load_state`.
+
+        Raises:
+            ValueError: like `load_state`.
+        """
+
     def digest(self) -> bytes:
         """SHA-256 over the outer state (32 bytes): equal on every peer in step."""
 

@@ -60,7 +60,12 @@ class PretrainMethod(FlatMethod):
     ) -> None:
         """`adaptive`: each link may code contributions otherwise, as its bandwidth allows."""
         self._momentum_N = np.zeros(inner.layout.numel, np.float32)
-        super().__init__(inner, inner.layout.units, {"momentum": self._momentum_N})
+        super().__init__(
+            inner,
+            inner.layout.units,
+            {"momentum": self._momentum_N},
+            staleness=outer.staleness,
+        )
         self._lr = np.float32(outer.lr)
         self._beta = np.float32(outer.momentum)
         self._codec = codec

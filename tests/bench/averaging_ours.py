@@ -111,7 +111,7 @@ class _Vector:
     async def snapshot(self) -> Snapshot:
         return Snapshot(self.round, self.digest, {})
 
-    async def load(self, state: Snapshot, step_back: bool) -> bool:
+    async def load(self, state: Snapshot, step_back: bool, parted: int | None = None) -> bool:
         self.round, self.digest = state.round, state.digest
         return True
 

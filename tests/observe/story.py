@@ -46,6 +46,8 @@ LIFE: list[ev.Event] = [
     ev.MemberSuspected(BOB, "3 heartbeats missed"),
     ev.PeerRefused(BOB, "a stale epoch"),
     ev.DaemonRestarted("killed", 0.9),
+    ev.WorkCarriedOver(41, 0.25, 1000.0),
+    ev.Reconciled(41, 37, 5000.0),
     ev.CodecChosen(BOB, 1, "low", 250_000, 2.1, True, "the quickest"),
     ev.BlocksCounted("site:a", 41, {ME: [(0, 3), (7, 9)]}, {}, 80, 2, 1, 5, 1, 0, 7, 9, 2, 70),
     ev.BlocksReissued(41, BOB, [(70, 75)], "left"),

@@ -45,8 +45,9 @@ def check_invariants(world: World) -> None:
             for start, stop, inside in applying.inside:
                 assert start == edge, f"seed {world.seed}: units not covered"
                 edge = stop
-                for contributor, number in inside:
-                    for unit in range(start, stop):
+                for contributor, number, units in inside:
+                    assert set(units) <= set(range(start, stop))
+                    for unit in units:
                         key = (contributor, number, unit)
                         assert key not in seen, f"seed {world.seed}: applied twice: {key}"
                         seen.add(key)
@@ -93,7 +94,7 @@ def test_a_newcomer_contributes_within_two_rounds() -> None:
     world.run(31.0)
     late = world.add(9, fresh=True)
     world.run(31.0 + 2 * 5.0 + 2.0)
-    inside = {c for a in peers[0].history for _, _, part in a.inside for c, _ in part}
+    inside = {c for a in peers[0].history for _, _, part in a.inside for c, _, _ in part}
     assert late.id in inside
     world.run(60.0)
     assert gets_in_step(world)
@@ -118,7 +119,7 @@ def test_two_sites_train_independently_and_survive_each_other() -> None:
     world.run(40.0)
     assert a[0].history == a[1].history
     assert b[0].history == b[1].history
-    inside = {c for applying in a[0].history for _, _, part in applying.inside for c, _ in part}
+    inside = {c for applying in a[0].history for _, _, part in applying.inside for c, _, _ in part}
     assert inside <= {a[0].id, a[1].id}
     before = rounds(b[0])
     for peer in a:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from protocols.arrivals import Arrivals
 from protocols.election import make_plan, revise_plan
 from protocols.errors import RemoteProtocolError
 from protocols.events import (
@@ -53,8 +54,8 @@ def revised(plan: Plan, *, without: set[PeerId] = NOBODY, joined: tuple[Seat, ..
     )
 
 
-def start(me: PeerId, plan: Plan, quorum: float = 0.5) -> Round:
-    return Round(me, plan, 0.0, quorum)
+def start(me: PeerId, plan: Plan, quorum: float = 0.5, arrivals: Arrivals | None = None) -> Round:
+    return Round(me, plan, 0.0, quorum, arrivals or Arrivals())
 
 
 def roles(plan: Plan) -> tuple[PeerId, PeerId, list[PeerId]]:
@@ -84,9 +85,9 @@ def of(kind: type, effects: list[Effect]) -> list[Any]:
     return [e for e in effects if isinstance(e, kind)]
 
 
-def frozen(me: PeerId, plan: Plan) -> Round:
+def frozen(me: PeerId, plan: Plan, arrivals: Arrivals | None = None, quorum: float = 0.5) -> Round:
     """A round whose contribution was taken and reached every aggregator."""
-    made = start(me, plan)
+    made = start(me, plan, quorum, arrivals)
     made.tick(TRAIN_S, NOBODY)
     made.contribution_taken(100.0, TRAIN_S)
     for span, place in enumerate(plan.spans):
@@ -215,9 +216,9 @@ def test_a_span_closes_as_soon_as_everyone_has_answered_and_only_once() -> None:
     first = roles(plan)[0]
     aggregator = frozen(first, plan)
     for member in plan.peers[:-1]:
-        aggregator.folded(member, 0, True)
+        aggregator.folded(member, 0, True, TRAIN_S + 0.1)
         assert of(CloseSpan, aggregator.tick(TRAIN_S + 1, NOBODY)) == []
-    aggregator.folded(plan.peers[-1], 0, True)
+    aggregator.folded(plan.peers[-1], 0, True, TRAIN_S + 0.1)
     assert of(CloseSpan, aggregator.tick(TRAIN_S + 1, NOBODY)) == [CloseSpan(plan, 0, keep=True)]
     for now_s in (TRAIN_S + 1, COLLECT_S, END_S, END_S + 100):
         assert of(CloseSpan, aggregator.tick(now_s, NOBODY)) == []
@@ -228,7 +229,7 @@ def test_half_a_contribution_is_not_an_answer() -> None:
     first, _, others = roles(plan)
     aggregator = frozen(first, plan)
     for member in plan.peers:
-        aggregator.folded(member, 0, member != others[0])
+        aggregator.folded(member, 0, member != others[0], TRAIN_S + 0.1)
     assert of(CloseSpan, aggregator.tick(TRAIN_S + 1, NOBODY)) == []
 
 
@@ -237,10 +238,10 @@ def test_nobody_waits_for_the_suspected_except_for_oneself() -> None:
     first, second, others = roles(plan)
     aggregator = frozen(first, plan)
     for member in (second, others[0]):
-        aggregator.folded(member, 0, True)
+        aggregator.folded(member, 0, True, TRAIN_S + 0.1)
     gone = {others[1], first}
     assert of(CloseSpan, aggregator.tick(TRAIN_S + 1, gone)) == []
-    aggregator.folded(first, 0, True)
+    aggregator.folded(first, 0, True, TRAIN_S + 0.1)
     assert of(CloseSpan, aggregator.tick(TRAIN_S + 1, gone)) == [CloseSpan(plan, 0, keep=True)]
 
 
@@ -255,7 +256,7 @@ def test_at_the_collect_deadline_a_quorum_decides(answers: int, quorum: float) -
     for span, place in enumerate(plan.spans):
         aggregator.contribution_delivered(place.aggregator, span)
     for member in plan.peers[:answers]:
-        aggregator.folded(member, 0, True)
+        aggregator.folded(member, 0, True, COLLECT_S - 0.1)
     assert of(CloseSpan, aggregator.tick(COLLECT_S - 0.01, NOBODY)) == []
     assert aggregator.deadline_s(NOBODY) == COLLECT_S
     closed = of(CloseSpan, aggregator.tick(COLLECT_S, NOBODY))
@@ -266,7 +267,7 @@ def test_a_stranger_in_the_accumulator_is_no_part_of_the_quorum() -> None:
     plan = plan_of()
     aggregator = frozen(roles(plan)[0], plan)
     for index in range(50, 60):
-        aggregator.folded(peer(index), 0, True)
+        aggregator.folded(peer(index), 0, True, TRAIN_S + 0.1)
     assert of(CloseSpan, aggregator.tick(COLLECT_S, NOBODY)) == [CloseSpan(plan, 0, keep=False)]
 
 
@@ -432,7 +433,7 @@ def test_a_span_that_was_reduced_before_is_fetched_not_reduced_again() -> None:
     assert heir.handed_over(others[0], 1, *proof) == [FetchOutcomes(others[0], 7, 1)]
     assert heir.handed_over(others[1], 1, *proof) == [], "one is enough"
     for member in after.peers:
-        heir.folded(member, 1, True)
+        heir.folded(member, 1, True, TRAIN_S + 0.1)
     assert 1 not in [e.span for e in of(CloseSpan, heir.tick(TRAIN_S + 2, NOBODY))]
     held = outcome(plan, 1, plan.spans[1].aggregator)
     heir.hold(*held, TRAIN_S + 2)
@@ -465,7 +466,7 @@ def test_a_hand_over_that_comes_to_nothing_does_not_hold_the_span_up() -> None:
     gone = plan.spans[1].aggregator
     heir.handed_over(others[0], 1, outcome(plan, 1, gone)[0], gone)
     for member in after.peers:
-        heir.folded(member, 1, True)
+        heir.folded(member, 1, True, TRAIN_S + 0.1)
     heir.fetch_finished(others[0])
     closed = of(CloseSpan, heir.tick(TRAIN_S + 2, NOBODY))
     assert CloseSpan(after, 1, keep=True) in closed
@@ -476,7 +477,7 @@ def test_an_aggregator_that_is_replaced_forgets_what_it_collected() -> None:
     _, second, others = roles(plan)
     aggregator = frozen(second, plan)
     for member in plan.peers:
-        aggregator.folded(member, 1, True)
+        aggregator.folded(member, 1, True, TRAIN_S + 0.1)
     benched = revise_plan(
         plan, epoch=4, seats=plan.roster, benched={second}, train_ms=0, exchange_ms=10_000
     )
@@ -573,7 +574,7 @@ class Storm:
             case 0 if r.taking:
                 effects = r.contribution_taken(1.0, self.now_s)
             case 1 if who != STRANGER:
-                r.folded(who, span, rng.random() < 0.9)
+                r.folded(who, span, rng.random() < 0.9, TRAIN_S + 0.1)
             case 2:
                 r.contribution_undelivered(who, span, rng.random() < 0.2, self.now_s)
             case 3:

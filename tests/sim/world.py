@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 
+from peer.sending import batches, missed_again
 from protocols import limits
 from protocols.errors import RemoteProtocolError
 from protocols.events import (
@@ -55,6 +56,7 @@ from protocols.events import (
     SpanReduced,
     StateFailed,
     StateReady,
+    StopSending,
     Suspected,
     TakeContribution,
     Tick,
@@ -71,6 +73,7 @@ from protocols.messages import (
     OutcomeHeader,
     OutcomePush,
     PlanIssued,
+    Span,
     decode,
     encode,
 )
@@ -86,12 +89,16 @@ def signer(index: int) -> Signer:
     return Signer(hashlib.sha256(b"peer %d" % index).digest())
 
 
+Share = tuple[PeerId, int, tuple[int, ...]]
+"""Whose contribution, its number, and in which units it is inside."""
+
+
 @dataclass(frozen=True)
 class Applying:
     """One round as one peer applied it: who is inside which units."""
 
     round: int
-    inside: tuple[tuple[int, int, tuple[tuple[PeerId, int], ...]], ...]
+    inside: tuple[tuple[int, int, tuple[Share, ...]], ...]
 
 
 @dataclass
@@ -110,10 +117,17 @@ class Peer:
     history: tuple[Applying, ...] = ()
     contribution: int = 0
     """Number of this peer's latest contribution."""
-    folded: dict[tuple[int, int], dict[PeerId, int]] = field(default_factory=dict)
-    """(round, span) -> whose contribution number is in our accumulator."""
+    unit_s: float = 0.0
+    """How long a unit of its contribution takes on its line up; 0: the line is no limit."""
+    missed: dict[int, int] = field(default_factory=dict)
+    """Unit -> how many rounds in a row it came too late."""
+    line: list[tuple[SendContribution, int]] = field(default_factory=list)
+    """Units that wait for the line."""
+    carrying: bool = False
+    folded: dict[tuple[int, int], dict[PeerId, tuple[int, set[int]]]] = field(default_factory=dict)
+    """(round, span) -> whose contribution (its number) is in our accumulator, in which units."""
     closed: set[tuple[int, int]] = field(default_factory=set)
-    content: dict[bytes, frozenset[tuple[PeerId, int]]] = field(default_factory=dict)
+    content: dict[bytes, frozenset[Share]] = field(default_factory=dict)
     kept: dict[int, tuple[tuple[OutcomeHeader, Signed], ...]] = field(default_factory=dict)
     told: list[tuple[float, Effect]] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
@@ -139,6 +153,7 @@ class World:
         loss: float = 0.0,
         round_s: float = 5.0,
         exchange_s: float = 10.0,
+        units: int = UNITS,
     ) -> None:
         self.seed = seed
         self.rng = random.Random(seed)
@@ -147,6 +162,7 @@ class World:
         self.loss = loss
         self.round_s = round_s
         self.exchange_s = exchange_s
+        self.units = units
         self.peers: dict[PeerId, Peer] = {}
         self.cut: set[frozenset[PeerId]] = set()
         self._arrived_s: dict[tuple[PeerId, PeerId], float] = {}
@@ -158,16 +174,22 @@ class World:
 
     # ── making and breaking ──────────────────────────────────────────────────────────────
     def add(
-        self, index: int, *, site: str = "a", fresh: bool = False, speed_s: float = 0.05
+        self,
+        index: int,
+        *,
+        site: str = "a",
+        fresh: bool = False,
+        speed_s: float = 0.05,
+        unit_s: float = 0.0,
     ) -> Peer:
         """A peer with index's identity; `fresh` = it must get the state from somebody."""
         config = GroupConfig(
-            run=RUN, units=UNITS, site=site, round_s=self.round_s, exchange_s=self.exchange_s
+            run=RUN, units=self.units, site=site, round_s=self.round_s, exchange_s=self.exchange_s
         )
         me = signer(index)
         old = self.peers.get(me.peer_id)
         machine = GroupMachine(me.peer_id, config, self.now_s)
-        peer = Peer(me, site, machine, speed_s=speed_s)
+        peer = Peer(me, site, machine, speed_s=speed_s, unit_s=unit_s)
         if old is not None:
             peer.incarnation = old.incarnation + 1
             peer.contribution = old.contribution
@@ -312,6 +334,10 @@ class World:
                 self._later(peer, peer.speed_s, ContributionTaken(number, weight))
             case SendContribution():
                 self._send_contribution(peer, effect)
+            case StopSending(number, span):
+                peer.line = [
+                    (e, u) for e, u in peer.line if (e.plan.round, e.span) != (number, span)
+                ]
             case CloseSpan():
                 self._close(peer, effect)
             case DropSpan(number, span):
@@ -323,7 +349,8 @@ class World:
                 self._fetch(peer, effect)
             case ApplyRound():
                 self._apply(peer, effect)
-            case FetchState(donor, _, step_back):
+            case FetchState(donor, _, step_back, _):
+                peer.told.append((self.now_s, effect))
                 self._fetch_state(peer, donor, step_back)
             case PublishRecord():
                 self._issue_record(peer)
@@ -379,24 +406,59 @@ class World:
                 )
                 self._later(peer, 0.02, refused)
                 return
-            key = (plan.round, effect.span)
-            if key not in other.closed:
-                other.folded.setdefault(key, {}).setdefault(peer.id, number)
-            self._feed(other, ContributionFolded(peer.id, plan.round, effect.span, True))
-            self._later(peer, 0.02, ContributionDelivered(effect.to, plan.round, effect.span))
+            order = [unit for unit, _ in batches(span.start, span.stop, peer.missed, 1)]
+            if peer.unit_s and other is not peer:
+                peer.line += [(effect, unit) for unit in order]
+                if not peer.carrying:
+                    peer.carrying = True
+                    self.after(peer.unit_s, lambda: self._carry(peer, peer.incarnation))
+                return
+            for unit in order:
+                self._fold(peer, other, effect, number, unit)
 
         self.after(self._delay_s() * 3, arrive)
+
+    def _carry(self, peer: Peer, incarnation: int) -> None:
+        """The line has brought one more unit; of several spans in turn."""
+        peer.carrying = bool(peer.line)
+        if not peer.alive or self.peers.get(peer.id) is not peer or not peer.line:
+            return
+        effect, unit = peer.line.pop(0)
+        other = self.peers.get(effect.to)
+        if other is not None and self._reaches(peer, other) and not other.frozen:
+            self._fold(peer, other, effect, peer.contribution, unit)
+        peer.carrying = bool(peer.line)
+        if peer.line:
+            turn = min(peer.line, key=lambda e: (e[0].span - effect.span - 1) % 16)
+            peer.line.remove(turn)
+            peer.line.insert(0, turn)
+            self.after(peer.unit_s, lambda: self._carry(peer, incarnation))
+
+    def _fold(
+        self, peer: Peer, other: Peer, effect: SendContribution, number: int, unit: int
+    ) -> None:
+        """A unit has arrived; with the last one the contribution is whole."""
+        plan, span = effect.plan, effect.plan.spans[effect.span]
+        key = (plan.round, effect.span)
+        if key in other.closed:
+            return
+        _, units = other.folded.setdefault(key, {}).setdefault(peer.id, (number, set()))
+        units.add(unit)
+        if len(units) == span.stop - span.start:
+            self._feed(other, ContributionFolded(peer.id, plan.round, effect.span, True))
+            self._later(peer, 0.02, ContributionDelivered(effect.to, plan.round, effect.span))
 
     def _close(self, peer: Peer, effect: CloseSpan) -> None:
         plan, span = effect.plan, effect.plan.spans[effect.span]
         key = (plan.round, effect.span)
         peer.closed.add(key)
-        inside = frozenset(peer.folded.get(key, {}).items()) if effect.keep else frozenset()
+        parts = peer.folded.get(key, {}) if effect.keep else {}
+        inside = frozenset((p, n, tuple(sorted(units))) for p, (n, units) in parts.items())
         content = hashlib.sha256(repr(sorted(inside)).encode()).digest()
         header = OutcomeHeader(
             plan.run, plan.group, plan.round, plan.epoch, effect.span, span.start, span.stop,
-            tuple(Contributor(p, 100.0, b"") for p, _ in sorted(inside)), content, 1, 0.1,
-            plan.digest,
+            tuple(Contributor(p, 100.0, mask(u, span)) for p, _, u in sorted(inside)), content, 1,
+            0.1, plan.digest,
         )  # fmt: skip
         peer.content[content] = inside
         signed = sign(peer.signer, OUTCOME_DOMAIN, header)
@@ -422,11 +484,13 @@ class World:
             if other.machine.round <= header.round:
                 try:
                     push = OutcomePush(effect.epoch, effect.signed)
-                    other.machine.handle(OutcomeOffered(peer.id, push, header), self.now_s)
+                    wishes = other.machine.handle(OutcomeOffered(peer.id, push, header), self.now_s)
                 except RemoteProtocolError as error:
                     other.refusals.append(str(error))
                     self._later(peer, 0.02, failed)
                     return
+                for wish in wishes:
+                    self._perform(other, wish)
                 other.content[header.content] = peer.content[header.content]
                 self._feed(other, OutcomeHeld(peer.id, header, effect.signed, False))
             self._later(peer, 0.02, OutcomeDelivered(effect.to, header.round, header.span))
@@ -469,6 +533,8 @@ class World:
             self.applied.setdefault((peer.id, effect.round), []).append(applying)
             peer.history = (*peer.history, applying)
             peer.kept[effect.round] = effect.outcomes
+            headers = (header for header, _ in effect.outcomes)
+            peer.missed = missed_again(peer.missed, headers, peer.id)
             peer.kept.pop(effect.round - limits.OUTCOME_ROUNDS_KEPT, None)
             self._feed(peer, Applied(effect.round, peer.digest))
 
@@ -488,6 +554,14 @@ class World:
             self._feed(peer, StateReady(len(peer.history), peer.digest))
 
         self.after(0.3, arrive)
+
+
+def mask(units: tuple[int, ...], span: Span) -> bytes:
+    """Which of a span's units are inside, as an outcome's header says it; empty: all."""
+    if len(units) == span.stop - span.start:
+        return b""
+    bits = sum(1 << unit - span.start for unit in units)
+    return bits.to_bytes((span.stop - span.start + 7) // 8, "little")
 
 
 def group_name(site: str) -> GroupName:

@@ -1,0 +1,81 @@
+"""Partitions that end, and peers that come at the worst of times."""
+
+from __future__ import annotations
+
+import pytest
+
+from protocols.events import Agreed, FetchState, PlanAdopted
+from tests.protocols.test_group import check_invariants, gets_in_step, reach, rounds
+from tests.sim.world import Peer, World
+
+
+def fetches(peers: list[Peer], since_s: float) -> list[tuple[Peer, FetchState]]:
+    return [(p, e) for p in peers for t, e in p.told if t >= since_s and isinstance(e, FetchState)]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_halves_that_both_went_on_know_since_when(seed: int) -> None:
+    """The smaller half takes the larger one's state, and keeps what it did since they parted."""
+    world = World(seed)
+    peers = [world.add(i) for i in range(5)]
+    world.run(22.0 + seed)
+    few, most = peers[:2], peers[2:]
+    common = min(rounds(p) for p in peers)
+    world.partition(few, most, 45.0)
+    world.run(world.now_s + 44.0)
+    assert all(rounds(p) >= common + 4 for p in peers), "both halves went on"
+    assert few[0].history != most[0].history
+    start_s = world.now_s
+    assert world.run_until(lambda: len({p.history for p in peers}) == 1, 40.0)
+    found = fetches(peers, start_s)
+    assert {p.id for p, _ in found} == {p.id for p in few}, "the majority keeps what it has"
+    for _, effect in found:
+        assert effect.parted is not None
+        assert common - 1 <= effect.parted <= common + 1
+    check_invariants(world)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_peer_that_computed_wrongly_keeps_nothing(seed: int) -> None:
+    """It shared the plan of those who now have another state, so its own is no history."""
+    world = World(seed)
+    peers = [world.add(i) for i in range(4)]
+    world.run(21.0)
+    broken = peers[seed]
+    done = broken.history[-1]
+    broken.history = (*broken.history[:-1], type(done)(done.round, ()))  # a bit that flipped
+    start_s = world.now_s
+    assert world.run_until(lambda: bool(fetches([broken], start_s)), 20.0)
+    assert [e.parted for _, e in fetches([broken], start_s)] == [None]
+    assert gets_in_step(world, 20.0)
+
+
+def test_a_newcomer_in_a_partition_keeps_nothing_of_what_it_never_had() -> None:
+    world = World(5)
+    peers = [world.add(i) for i in range(4)]
+    world.run(21.0)
+    late = world.add(9, fresh=True)
+    world.run(21.2)  # its state is on the way
+    world.partition([late], peers, 20.0)
+    assert reach(world, [late], rounds(peers[0]) + 2, 90.0)
+    assert gets_in_step(world, 20.0)
+    assert all(e.parted is None for _, e in fetches([late], 0.0))
+
+
+@pytest.mark.parametrize("phase_s", [0.1, 2.5, 4.2, 4.9, 5.05, 5.3])
+def test_a_newcomer_in_the_middle_of_a_round_gets_the_state_of_the_epoch_in_progress(
+    phase_s: float,
+) -> None:
+    world = World(int(10 * phase_s))
+    peers = [world.add(i) for i in range(3)]
+    assert reach(world, peers[:1], 3, 60.0)
+    world.run(world.now_s + phase_s)
+    late = world.add(9, fresh=True)
+    before = rounds(peers[0])
+    assert world.run_until(lambda: late.machine.ready, 10.0)
+    assert reach(world, [*peers, late], before + 3, 30.0)
+    agreed = [e for _, e in late.told if isinstance(e, Agreed) and len(e.peers) == 4]
+    assert agreed, "its digest was never compared with everybody's"
+    plans = [e.plan for _, e in late.told if isinstance(e, PlanAdopted)]
+    assert late.id in plans[-1].peers
+    check_invariants(world)
