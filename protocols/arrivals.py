@@ -8,6 +8,9 @@ An aggregator keeps the delays of the last rounds and closes a span, once most a
 still on its way counts as infinitely late: if that were left out, each round's deadline would
 look at ever quicker peers. What of a contribution arrived in time is inside, unit by unit; the
 rest stays with its sender, which begins with it the next time.
+
+The next round's training hides the exchange, so for half of it waiting costs nothing: there is no
+haste before that, and what a lost packet delays is waited for.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from collections.abc import Collection, Iterable
 from statistics import median_low
 from typing import Final
 
+TRAIN_SHARE: Final = 0.5  # of a round; the rest is for the way back
 ROUNDS_KEPT: Final = 5  # enough for a median, few enough to follow a link that changes
 ROUNDS_MIN: Final = 2  # before that, this round's own arrivals must do
 FIRST_FACTOR: Final = 4.0  # the times that the slowest of most may be exceeded then
@@ -30,7 +34,9 @@ SPREAD_S_MIN: Final = 0.25  # what a busy machine or one lost packet costs
 class Arrivals:
     """Delays of others' contributions at one aggregator; our own needs no network."""
 
-    def __init__(self) -> None:
+    def __init__(self, least_s: float = 0.0) -> None:
+        """`least_s`: haste below that gains nobody anything."""
+        self._least_s = least_s
         self._rounds: deque[tuple[float, ...]] = deque(maxlen=ROUNDS_KEPT)
 
     def closed(self, delays_s: Iterable[float], missing: int) -> None:
@@ -48,10 +54,10 @@ class Arrivals:
         if len(self._rounds) < ROUNDS_MIN:
             if not seen_s:
                 return most_s
-            return min(most_s, max(FIRST_FACTOR * max(seen_s), FIRST_S_MIN))
+            return min(most_s, max(FIRST_FACTOR * max(seen_s), FIRST_S_MIN, self._least_s))
         middle = median_low(delays)
         if math.isinf(middle):
             return most_s
         spread = median_low([abs(d - middle) for d in delays])
         slack = max(K * spread, MEDIAN_SHARE * middle, SPREAD_S_MIN)
-        return min(most_s, middle + slack)
+        return min(most_s, max(middle + slack, self._least_s))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from protocols import limits
-from protocols.arrivals import Arrivals
+from protocols.arrivals import TRAIN_SHARE, Arrivals
 from protocols.election import candidates
 from protocols.errors import RemoteProtocolError
 from protocols.events import RecordIssued
@@ -79,7 +79,7 @@ class Standing:
         """When we last got a step further: a plan, an outcome, a state."""
         self.newcomer = True
         """Others know the plan in force and we don't, so one of them should coordinate."""
-        self.arrivals = Arrivals()
+        self.arrivals = Arrivals(TRAIN_SHARE * config.round_s)
         """What our spans' contributions taught us about delays."""
         self.agreed = -1
         """The latest round at whose start everybody's digest was the same."""

@@ -377,7 +377,9 @@ class SimLearner:
         await self._between_steps(self.load_.freeze_s)
         return Snapshot(self.state.round, self.state.digest, _arrays(self.state))
 
-    async def load(self, state: Snapshot, step_back: bool) -> bool:
+    async def load(self, state: Snapshot, step_back: bool, parted: int | None = None) -> bool:
+        """Own history is not kept here (`parted`): the books follow each step's work, and work that
+        both halves did would count twice in them."""
         await self._between_steps(self.load_.apply_s)
         if state.round < self.round and not step_back:
             return False
