@@ -1,4 +1,4 @@
-"""`python -m tests.bench [NAME] [--format json] [--quick] [--seed N] [--save]`.
+"""`python -m tests.bench [NAME] [--part PART] [--format json] [--quick] [--seed N] [--save]`.
 
 Exit codes: 0 every bar holds, 1 a bar falls short, 2 no such measurement (or a wrong flag), 3 it
 could not be measured, 130 interrupted. Progress goes to stderr, the result to stdout.
@@ -30,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.quick and options.save:
         parser.error("a --quick result is not for the record; leave out --quick or --save")
     errors = Console(stderr=True, highlight=False)
+    if options.name is not None and options.part is not None:
+        options.name = f"{options.name}-{options.part}"
     if options.name is None:
         for name in registry.MEASUREMENTS:
             print(f"{name:12} {registry.title(name)}")
@@ -74,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("name", nargs="?", help="which measurement; without it they are listed")
+    parser.add_argument("--part", help="`learning --part groups` is `learning-groups`")
     parser.add_argument("--format", choices=["table", "json"], default="table")
     parser.add_argument("--quick", action="store_true", help="small and rough: does it work?")
     parser.add_argument("--seed", type=int, help="default: a fresh one, which is printed")

@@ -11,6 +11,8 @@ MEASUREMENTS: Final[dict[str, str]] = {
     "averaging": "tests.bench.averaging",
     "join": "tests.bench.join",
     "learning": "tests.bench.learning",
+    "learning-groups": "tests.bench.learning_groups",
+    "learning-tuning": "tests.bench.learning_tuning",
     "parity": "tests.bench.parity",
     "plane": "tests.bench.plane",
     "wire": "tests.bench.wire",

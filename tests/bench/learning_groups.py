@@ -1,0 +1,255 @@
+"""Groups that gossip against one large group and synchronous DDP: the loss after equal tokens.
+
+16 peers at 4 sites train one small language model (`trial`): everybody's gradient in every step
+(DDP); one group of all 16 that averages pseudo-gradients in float32 (flat DiLoCo); and the
+product's way, a group at each site and gossip between them, all in q4. Bytes are those that cross
+between sites. Flat DiLoCo is credited with the cheapest all-reduce there is, and with its float32
+coded without loss (`mixing.Crossing.ring`): any real one sends more.
+
+Inner settings are the product's defaults, the same for all; outer ones are tuned for each number of
+steps in a round (`learning_tuning`), on another seed. A full run also draws
+docs/results/learning-groups.svg. It goes on where a killed one was (`kept`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from statistics import fmean, stdev
+from typing import Final
+
+from tests.bench import machine, svg
+from tests.bench.kept import Kept, run_all
+from tests.bench.mixing import Crossing
+from tests.bench.result import Bar, Cell, Progress, Result
+from tests.bench.trial import PEERS, SITES, WAYS, Outcome, Size, Trial, crossed
+
+INNER_LR: Final = 1e-3
+"""`InnerSpec`'s default."""
+GOSSIP_EVERY: Final = 3
+"""Rounds: as often as a tenth of flat DiLoCo's bytes allows."""
+OUTER: Final[Mapping[str, Mapping[int, tuple[float, float]]]] = {
+    "flat": {10: (1.0, 0.8), 25: (1.0, 0.8), 100: (0.7, 0.9)},
+    "groups": {10: (0.7, 0.9), 25: (0.7, 0.9), 100: (0.7, 0.9)},
+}
+"""Outer rate and momentum by H, for one group of all and for groups at sites: each the best of its
+own grid, which `learning --part tuning` measures and judges."""
+HS: Final = tuple(OUTER["flat"])
+
+QUICK: Final = Size(
+    hidden=32, intermediate=64, layers=1, tokens=32, batch=1, steps=40, look_every=10,
+    look_samples=16, last_samples=32,
+)  # fmt: skip
+QUICK_H: Final = 5
+
+_SEEDS: Final = 3
+_MIDDLE: Final = 25  # the H at which everything else is looked at
+_HOT_LR: Final = 3e-3
+_NEAR: Final = 5
+_LOSS_RATIO_MAX: Final = 1.01
+_BYTES_RATIO_MAX: Final = 0.1
+_PICTURE: Final = "learning-groups.svg"
+_COLOURS: Final = {
+    "ddp": "#57606a", "flat": "#0969da", "gossip": "#cf222e", "lossy": "#bc4c00", "none": "#8250df",
+}  # fmt: skip
+
+Table = Mapping[Trial, Sequence[Outcome]]
+"""By the trial with the first seed: the outcomes of all seeds in order."""
+
+
+def trials(seed: int, size: Size, hs: Sequence[int]) -> list[Trial]:
+    """What one seed is trained with, in the table's order."""
+    middle = _MIDDLE if _MIDDLE in hs else hs[0]
+    plain = Trial(way="ddp", seed=seed, inner_lr=INNER_LR, size=size)
+    found = [plain]
+    for h in hs:
+        found += [in_rounds(plain, way, h) for way in ("flat", "gossip")]
+    found += [in_rounds(plain, way, middle) for way in ("lossy", "none")]
+    near = in_rounds(plain, "gossip", middle)
+    found.append(
+        replace(near, h=_NEAR, gossip_every=near.gossip_every * middle // _NEAR)
+        if middle % _NEAR == 0 and middle > _NEAR
+        else near
+    )
+    by_site = replace(plain, shards="sites")
+    found += [in_rounds(by_site, way, middle) for way in ("flat", "gossip", "none")]
+    hot = replace(plain, inner_lr=_HOT_LR)
+    found += [hot, *(in_rounds(hot, way, middle) for way in ("flat", "gossip", "none"))]
+    return list(dict.fromkeys(found))
+
+
+def in_rounds(plain: Trial, way: str, h: int) -> Trial:
+    """`plain` in rounds of `h` steps, with the settings in use."""
+    outer = OUTER[kind_of(way)]
+    lr, momentum = outer.get(h, outer[_MIDDLE])
+    mixes = 0 if way in ("flat", "none") else GOSSIP_EVERY
+    return replace(plain, way=way, h=h, outer_lr=lr, momentum=momentum, gossip_every=mixes)
+
+
+def kind_of(way: str) -> str:
+    """Which of `OUTER`'s settings are for `way`."""
+    return "flat" if way == "flat" else "groups"
+
+
+def run(quick: bool, seed: int, progress: Progress) -> Result:
+    """See `registry.Measurement`. A quarter of an hour on two idle cores; quick: seconds."""
+    size, hs = (QUICK, (QUICK_H,)) if quick else (Size(), HS)
+    name = "learning-groups-quick" if quick else "learning-groups"
+    kept = Kept(machine.ROOT / ".bench" / name)
+    rows = trials(seed, size, hs)
+    seeds = range(seed, seed + (2 if quick else _SEEDS))
+    # Seed by seed: a run that is cut short has whole seeds.
+    everything = [replace(row, seed=each) for each in seeds for row in rows]
+    outcomes = run_all(everything, kept, progress)
+    table = {row: [outcomes[replace(row, seed=each)] for each in seeds] for row in rows}
+    notes = _notes(table, seeds)
+    if not quick:
+        picture = machine.ROOT / "docs" / "results" / _PICTURE
+        picture.write_text(draw(table), "utf-8")
+        notes.append(f"![Loss curves]({_PICTURE})")
+    kept.forget()
+    return Result([_row(row, table) for row in rows], _bars(table), notes)
+
+
+def _rival(trial: Trial, table: Table, way: str) -> Sequence[Outcome]:
+    """The outcomes of `way` under the same conditions."""
+    wanted = (way, trial.shards, trial.inner_lr)
+    fitting = [row for row in table if (row.way, row.shards, row.inner_lr) == wanted]
+    h = trial.h * trial.gossip_every // GOSSIP_EVERY if trial.gossip_every else trial.h
+    return table[next(row for row in fitting if row.h in (h, 0))]
+
+
+def _ratios(trial: Trial, table: Table) -> list[float]:
+    """Loss by loss / flat DiLoCo's with the same seed."""
+    flat = _rival(trial, table, "flat")
+    return [mine.loss / its.loss for mine, its in zip(table[trial], flat, strict=True)]
+
+
+def _row(trial: Trial, table: Table) -> dict[str, Cell]:
+    mine = table[trial]
+    losses = [one.loss for one in mine]
+    row: dict[str, Cell] = {
+        "way": WAYS[trial.way].title,
+        "shards": trial.shards,
+        "inner lr": f"{trial.inner_lr:g}",
+        "H": str(trial.h or "-"),
+        "outer": f"{trial.outer_lr:g} / {trial.momentum:g}" if trial.h else "-",
+        "mix every": f"{trial.gossip_every} rounds" if trial.gossip_every else "-",
+        "loss": f"{fmean(losses):.4f}",
+        "± seeds": f"{stdev(losses):.4f}",
+        "/ flat": "-",
+        "of their mean": f"{fmean(one.mean_loss for one in mine):.4f}",
+        "groups apart": f"{fmean(one.apart for one in mine):.3f}",
+        "/ DDP": "-",
+        "MB between sites": f"{fmean(crossed(trial, one) for one in mine) / 1e6:.2f}",
+        "bytes / flat": "-",
+    }
+    if trial.shards == "iid" and trial.h:
+        ddp = fmean(one.loss for one in _rival(trial, table, "ddp"))
+        row["/ DDP"] = f"{fmean(losses) / ddp:.3f}"
+    if trial.h and trial.way != "flat":
+        row["/ flat"] = f"{fmean(_ratios(trial, table)):.4f}"
+        row["bytes / flat"] = f"{_bytes_ratio(trial, table):.3f}"
+    return row
+
+
+def _bytes_ratio(trial: Trial, table: Table) -> float:
+    flat_trial = next(row for row in table if table[row] is _rival(trial, table, "flat"))
+    flat = fmean(crossed(flat_trial, one) for one in table[flat_trial])
+    return fmean(crossed(trial, one) for one in table[trial]) / flat
+
+
+def _bars(table: Table) -> list[Bar]:
+    found = []
+    for row in table:
+        if row.way not in ("gossip", "lossy") or row.shards != "iid" or row.inner_lr != INNER_LR:
+            continue
+        name = f"learning: {WAYS[row.way].title}, H = {row.h}"
+        if row.gossip_every != GOSSIP_EVERY:
+            continue
+        ratios = _ratios(row, table)
+        each = ", ".join(f"{ratio:.4f}" for ratio in ratios)
+        found += [
+            Bar.at_most(
+                f"{name}: loss / flat DiLoCo's, mean over seeds",
+                fmean(ratios), _LOSS_RATIO_MAX, f"fp32, all 16 peers at once; by seed {each}",
+            ),
+            Bar.at_most(
+                f"{name}: bytes between sites / flat DiLoCo's",
+                _bytes_ratio(row, table), _BYTES_RATIO_MAX,
+                "a ring among sites, float32 coded without loss",
+            ),
+        ]  # fmt: skip
+    return found
+
+
+def _notes(table: Table, seeds: range) -> list[str]:
+    first = next(iter(table))
+    one = table[first][0]
+    size = first.size
+    crossing = Crossing(PEERS, SITES)
+    flat_trial = next(row for row in table if row.way == "flat")
+    coded = table[flat_trial][0].mean_bytes
+    setting = (
+        f"Seeds {seeds[0]} to {seeds[-1]}. A Llama-like model of {one.parameters:,} parameters on "
+        f"the bytes of the standard library's text, from random weights; {PEERS} peers in {SITES} "
+        f"groups of {PEERS // SITES}; {size.steps} AdamW steps of each on {size.batch} samples of "
+        f"{size.tokens} bytes, the same in every row of a seed. DDP takes as many steps, each on "
+        "everybody's samples. The inner rate is constant after 20 steps of warm-up."
+    )
+    rounds = (
+        "Outer Nesterov: the best of a grid for flat DiLoCo, and the best of the same grid for "
+        "groups that gossip, at each H; found by `python -m tests.bench learning --part tuning`. "
+        "Groups mix what they hold after a round; that arrives with the borrower's next average "
+        "and the lender's after it."
+    )
+    losses = (
+        f"Loss: nats per byte on {size.last_samples} held-out samples, of each group's own "
+        "outer parameters, the mean over groups. 'Of their mean': the loss of the mean of the "
+        "groups' parameters. Apart: rms distance from that mean / its norm."
+    )
+    traffic = (
+        "Bytes between sites, all sites together: an all-reduce of one vector moves at least "
+        f"{crossing.ring} vectors (sums inside sites first, then a ring among sites), and that is "
+        f"what flat DiLoCo is charged, at {coded / one.parameters:.2f} bytes per value, coded "
+        "without loss (DDP: 4, raw). With aggregators at every peer it would be "
+        f"{crossing.aggregators:g} vectors. A mix of a pair of groups: 1 byte per value and vector "
+        "for what is lent (parameters and momentum), and the difference in q4, once. Control "
+        "messages are not counted."
+    )
+    hot = (
+        f"Rows with an inner rate of {_HOT_LR:g} hold no bar: they show what becomes of the "
+        "comparison where steps are larger and an average of 16 is worth more than one of 4; how "
+        "much more, groups without gossip tell."
+    )
+    return [setting, rounds, losses, traffic, hot]
+
+
+def draw(table: Table) -> str:
+    """Loss against steps at the middle H, the mean over seeds."""
+    series = []
+    highest, lowest, steps = 0.0, 9.0, 0
+    for row, outcomes in table.items():
+        usual = (row.shards, row.inner_lr) == ("iid", INNER_LR)
+        if not usual or row.h not in (0, _MIDDLE):
+            continue
+        curves = zip(*(one.curve for one in outcomes), strict=True)
+        points = [(float(looks[0][0]), fmean(loss for _, loss in looks)) for looks in curves]
+        highest = max(highest, points[0][1])
+        lowest = min(lowest, points[-1][1])
+        steps = row.size.steps
+        series.append(
+            svg.Series(
+                WAYS[row.way].title, points, _COLOURS[row.way], line=True,
+                dashed=row.way in ("lossy", "none"),
+            )
+        )  # fmt: skip
+    top, bottom = round(highest + 0.05, 1), round(lowest - 0.05, 1)
+    ticks = [bottom + 0.2 * n for n in range(int((top - bottom) / 0.2) + 1)]
+    return svg.chart(
+        f"Loss of 16 peers in 4 groups, H = {_MIDDLE}",
+        "The mean over three seeds, after equal tokens",
+        svg.Axis("inner steps of each peer", 0, steps, range(0, steps + 1, 100)),
+        svg.Axis("validation loss, nats per byte", bottom, top, [round(t, 1) for t in ticks]),
+        series,
+    )
