@@ -68,6 +68,17 @@ def test_without_a_name_the_measurements_are_listed(
     assert capsys.readouterr().out.split(None, 1) == ["fake", "A pretended measurement.\n"]
 
 
+def test_a_part_is_a_measurement_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake = install(monkeypatch, Fake(KEPT))
+    monkeypatch.setitem(registry.MEASUREMENTS, "fake-half", "fake_measurement")
+    assert main(["fake", "--part", "half", "--seed", "7"]) == 0
+    assert fake.asked == [(False, 7)]
+    assert "tests.bench fake-half --seed 7" in capsys.readouterr().err
+    assert main(["fake", "--part", "quarter"]) == 2
+
+
 def test_an_unknown_name_is_refused_with_the_known_ones(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.name = f"{options.name}-{options.part}"
     if options.name is None:
         for name in registry.MEASUREMENTS:
-            print(f"{name:12} {registry.title(name)}")
+            print(f"{name:16} {registry.title(name)}")
         return 0
     if options.name not in registry.MEASUREMENTS:
         known = ", ".join(registry.MEASUREMENTS)
