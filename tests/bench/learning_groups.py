@@ -29,8 +29,8 @@ INNER_LR: Final = 1e-3
 GOSSIP_EVERY: Final = 3
 """Rounds: as often as a tenth of flat DiLoCo's bytes allows."""
 OUTER: Final[Mapping[str, Mapping[int, tuple[float, float]]]] = {
-    "flat": {10: (1.0, 0.8), 25: (1.0, 0.8), 100: (0.7, 0.9)},
-    "groups": {10: (0.7, 0.9), 25: (0.7, 0.9), 100: (0.7, 0.9)},
+    "flat": {10: (1.0, 0.5), 25: (1.0, 0.5), 100: (0.7, 0.9)},
+    "groups": {10: (1.0, 0.5), 25: (1.0, 0.5), 100: (0.7, 0.9)},
 }
 """Outer rate and momentum by H, for one group of all and for groups at sites: each the best of its
 own grid, which `learning --part tuning` measures and judges."""
