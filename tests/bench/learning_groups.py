@@ -32,8 +32,8 @@ OUTER: Final[Mapping[str, Mapping[int, tuple[float, float]]]] = {
     "flat": {10: (1.0, 0.5), 25: (1.0, 0.5), 100: (0.7, 0.9)},
     "groups": {10: (1.0, 0.5), 25: (1.0, 0.5), 100: (0.7, 0.9)},
 }
-"""Outer rate and momentum by H, for one group of all and for groups at sites: each the best of its
-own grid, which `learning --part tuning` measures and judges."""
+"""Outer rate and momentum by H, for one group of all and for groups at sites. `learning --part
+tuning` tries a grid around them, and says for each whether it is the best there."""
 HS: Final = tuple(OUTER["flat"])
 
 QUICK: Final = Size(
@@ -198,8 +198,8 @@ def _notes(table: Table, seeds: range) -> list[str]:
         "everybody's samples. The inner rate is constant after 20 steps of warm-up."
     )
     rounds = (
-        "Outer Nesterov: the best of a grid for flat DiLoCo, and the best of the same grid for "
-        "groups that gossip, at each H; found by `python -m tests.bench learning --part tuning`. "
+        "Outer Nesterov: from the grid of `python -m tests.bench learning --part tuning`, at each "
+        "H, for flat DiLoCo and for groups each its own. "
         "Groups mix what they hold after a round; that arrives with the borrower's next average "
         "and the lender's after it."
     )
