@@ -129,9 +129,10 @@ class Process:
 
     def end(self) -> None:
         """Kill it and whatever it started."""
-        for pid in [*self.children(), self.pid]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        if self.code is None:  # a reaped process's number may be somebody else's by now
+            for pid in [*self.children(), self.pid]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         self._process.wait()
         if self._process.stdout is not None:
             self._process.stdout.close()
