@@ -10,6 +10,7 @@ Suspects are hailed now and then, for they may be back.
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 from protocols import limits
@@ -26,6 +27,7 @@ CALM_S: Final = 5.0  # and end this long after the last step, if digests don't a
 TRAIN_SHARE: Final = 1 / 8  # of the training phase between slow ones
 HURRY_S: Final = 0.05  # from a change of mind to the heartbeat
 HAIL_S: Final = 5.0  # between words to a suspect
+ASLEEP_S: Final = limits.HEARTBEAT_S  # this late for our own deadline, we were not running
 BEATS_MAX: Final = 8 * limits.GROUP_MEMBERS_MAX  # a site label can gather more than a group
 
 
@@ -37,6 +39,8 @@ class Company:
         self._next_beat_s = now_s
         self._beat_s = now_s
         """When the last regular heartbeat went out."""
+        self._promised_s = math.inf
+        """When we meant to be awake again, as of the last event."""
 
     def hello(self, sender: PeerId, hello: Hello, now_s: float) -> list[Effect]:
         here = self._here
@@ -104,6 +108,17 @@ class Company:
     def deadline_s(self) -> float:
         """When `tick` has something to do."""
         return min(self._next_beat_s, self._here.members.sweep_s + 0.001)
+
+    def wake(self, now_s: float) -> None:
+        """Where we ourselves stood still (a laptop slept, a process was stopped), the others'
+        silence proves nothing: their words may lie unread, so they get the time for another one.
+        """
+        if now_s - self._promised_s > ASLEEP_S:
+            self._here.members.excuse(self._here.group, now_s)
+
+    def rest(self, now_s: float) -> None:
+        """An event is dealt with; note when the next tick is due."""
+        self._promised_s = max(now_s, self.deadline_s)
 
     def tick(self, now_s: float) -> list[Effect]:
         """Heartbeats and suspicions that are due."""

@@ -167,10 +167,12 @@ class GroupMachine:
         """
         here = self._here
         self._idle = False
+        self._company.wake(now_s)
         effects = self._dispatch(event, now_s)
         if not here.leaving and not self._idle:
             effects += self._advance(now_s)
             self._company.hurry(now_s)
+        self._company.rest(now_s)
         return effects
 
     def _dispatch(self, event: Event, now_s: float) -> list[Effect]:

@@ -121,6 +121,12 @@ class Membership:
         if known is not None:
             known.next_s = now_s + min(next_ms / 1000, limits.HEARTBEAT_S_MAX)
 
+    def excuse(self, group: GroupName, now_s: float) -> None:
+        """Who was not silent for too long yet may be silent until another word was due."""
+        for known in self._groups.get(group, {}).values():
+            if known.heard_s > 0 and not known.suspected:
+                known.next_s = max(known.next_s, now_s + limits.HEARTBEAT_S)
+
     def heartbeat(self, peer: PeerId, beat: Heartbeat, now_s: float) -> bool:
         """Note where `peer` stands; False if that is nothing new."""
         known = self._table.get(peer)

@@ -1,4 +1,6 @@
-"""A peer that comes back with a past: it waits for its company, and knows its own history."""
+"""A peer that comes back, from its disk or from sleep: it waits for its company before it plans
+anything by itself, and knows its own history.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,13 @@ from protocols.events import (
     FetchOutcomes,
     FetchState,
     OutcomeHeld,
+    PlanAdopted,
     Received,
     RecordIssued,
     RecordSeen,
     SignPlan,
     StateReady,
+    Suspected,
     Tick,
     Undelivered,
 )
@@ -28,6 +32,7 @@ from protocols.standing import SETTLE_S
 from protocols.steering import COMPANY_S
 from protocols.types import Digest
 from tests.protocols.samples import GROUP, RUN, peer, record, signer
+from tests.sim.world import World
 
 ME, OTHER = 0, 1
 ROUND = 5
@@ -103,3 +108,41 @@ def test_an_outcome_of_another_history_is_not_applied_and_the_state_is_fetched()
     effects = fetched(Returned(), THEIRS)
     assert not [e for e in effects if isinstance(e, ApplyRound)]
     assert [e.donor for e in effects if isinstance(e, FetchState)] == [peer(OTHER)]
+
+
+# ── from sleep ───────────────────────────────────────────────────────────────────────────
+def suspects(effects: list[Effect]) -> bool:
+    return any(isinstance(e, Suspected) for e in effects)
+
+
+def test_who_slept_takes_nobodys_silence_for_death_until_another_word_was_due() -> None:
+    returned = Returned()
+    returned.hears(ROUND, MINE, 0.5)
+    returned.feed(Tick(), 1.0)
+    awake_s = 11.0
+    assert not suspects(returned.feed(Tick(), awake_s))
+    assert returned.machine.live_members(awake_s) == sorted([peer(ME), peer(OTHER)])
+    for after_s in (1.0, 2.0, 3.0, limits.SUSPECT_AFTER_S - 0.1):
+        assert not suspects(returned.feed(Tick(), awake_s + after_s)), after_s
+    assert suspects(returned.feed(Tick(), awake_s + limits.SUSPECT_AFTER_S + 0.1))
+
+
+def test_who_was_awake_takes_silence_for_what_it_is() -> None:
+    returned = Returned()
+    returned.hears(ROUND, MINE, 0.5)
+    told = [returned.feed(Tick(), 0.5 + 0.25 * n) for n in range(1, 20)]
+    assert any(suspects(effects) for effects in told)
+
+
+def test_a_member_that_slept_for_some_seconds_makes_no_round_by_itself() -> None:
+    for seed in range(20):
+        world = World(seed)
+        members = [world.add(i) for i in range(4)]
+        world.run(20.0 + world.rng.uniform(0.0, 5.0))
+        sleeper = members[seed % 4]
+        slept_s = world.now_s
+        world.freeze(sleeper, world.rng.uniform(2.0, 8.0))
+        world.run(world.now_s + 20.0)
+        plans = [e.plan for t, e in sleeper.told if t > slept_s and isinstance(e, PlanAdopted)]
+        assert plans, seed
+        assert all(len(plan.roster) > 1 for plan in plans), seed
