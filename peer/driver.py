@@ -305,7 +305,7 @@ class Driver:
                         list(plan.peers),
                         [span.aggregator for span in plan.spans],
                         max(0.0, due_s - now_s),
-                        self.machine.config.round_s,
+                        max(self.machine.config.round_s, plan.train_ms / 1000),
                     )
                 )
             case GroupFormed(group, members):

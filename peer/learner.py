@@ -23,6 +23,7 @@ from peer.driver import AppliedFacts, Taken
 from peer.errors import StorageError
 from peer.exchange import Outcome, included_units
 from peer.observe import events as ev
+from peer.train.dylu import Speeds
 from peer.train.method import ArrayMap, DataSource, Method
 from peer.train.shared import SharedStream
 from peer.train.stream import BlockStream
@@ -43,6 +44,20 @@ EVALUATION_BATCH: Final = 16
 TOKENS_KEPT: Final = 1024  # rounds whose tokens are remembered: longer partitions count less
 LEDGER: Final = ".ledger"
 """Under this name the ledger's bytes lie among a checkpoint's inner arrays."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Nothing:
+    """A contribution of no work."""
+
+    weight: float = 0.0
+    snr_db: tuple[float, float] | None = None
+
+    def encode(self, start: int, stop: int, codec: str | None = None) -> list[bytes]:
+        return [b""] * (stop - start)
+
+
+NOTHING: Final = _Nothing()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +96,11 @@ class TrainerLearner:
         threads: int | None,
         checkpoint_every: int,
         own_data: bool = False,
+        local_steps: int = 0,
     ) -> None:
-        """`own_data`: the blocks are files of this peer's own, so no ledger is kept of them."""
+        """`own_data`: the blocks are files of this peer's own, so no ledger is kept of them.
+        `local_steps`: of the fastest peer between its contributions, where each contributes when
+        it has done its part (asynchronous runs); 0: everybody in every round."""
         self.round = 0
         self.digest = Digest(b"")
         self.tensors: tuple[TensorNote, ...] = ()
@@ -108,6 +126,8 @@ class TrainerLearner:
         self._trainer = Trainer(self._build_all, threads=threads)
         self._validation: list[torch.Tensor] | None = None
         self._life = Stats()
+        self._local_steps = local_steps
+        self._speeds = Speeds()
         self._tokens: deque[tuple[int, int]] = deque(maxlen=TOKENS_KEPT)
         """(round, tokens learned for it): what a history of our own weighs."""
 
@@ -234,6 +254,10 @@ class TrainerLearner:
 
     # ── rounds ───────────────────────────────────────────────────────────────────────────
     async def take(self, number: int) -> Taken:
+        if self._local_steps:
+            stats = self._trainer.stats()
+            if stats.steps < self._speeds.steps(self._me, self._local_steps):
+                return Taken(NOTHING, stats.loss, 0, [])  # not its turn yet: the work goes on
         if isinstance(self._stream, SharedStream):
             self._stream.heard_goodbye(self.departed())
         harvest = await self._trainer.harvest()
@@ -267,6 +291,8 @@ class TrainerLearner:
         done = await self._trainer.run(step)
         if done is None:
             return None
+        if self._local_steps:
+            self._speeds.applied(number, weights_of(outcomes))
         digest, counted = done
         group = outcomes[0].header.group if outcomes else GroupName("")
         note = _note(group, plan.epoch if plan is not None else 0, entries)
@@ -401,6 +427,16 @@ def _noted(header: bytes) -> list[Entry]:
     except SchemaError:
         return []
     return [Entry(c.peer, c.blocks, int.from_bytes(c.cover, "little")) for c in note.contributors]
+
+
+def weights_of(outcomes: list[Outcome]) -> dict[PeerId, float]:
+    """The weight of everybody whose whole work is inside."""
+    spans = [{c.peer: c.weight for c in o.header.contributors if not c.mask} for o in outcomes]
+    return {
+        peer: min(span[peer] for span in spans)
+        for peer in (spans[0] if spans else {})
+        if all(peer in span for span in spans)
+    }
 
 
 def _layout(method: Method) -> tuple[tuple[TensorNote, ...], Digest]:

@@ -239,12 +239,20 @@ class OuterSpec:
     """How much of the past updates rides along."""
     staleness: float = 0.5
     """lambda: work that missed s exchanges counts 1 / (1 + lambda s) of its tokens. lora too."""
+    asynchronous: bool = False
+    """pretrain: a round takes in whoever has done its local steps; delayed Nesterov."""
+    delay: int = 4
+    """asynchronous: outcomes from one change of the momentum to the next."""
+    local_steps: int = 20
+    """asynchronous: inner steps of the fastest peer between its contributions."""
 
     def __post_init__(self) -> None:
         _above_zero("outer.lr", self.lr, 10)
         _need(0 <= self.momentum < 1, "outer.momentum", "must be from 0 to less than 1",
               self.momentum)  # fmt: skip
         _between("outer.staleness", self.staleness, 0, 100)
+        _between("outer.delay", self.delay, 1, 1024)
+        _between("outer.local_steps", self.local_steps, 1, 10**6)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -253,6 +261,10 @@ class ScheduleSpec:
 
     round_s: float = 5.0
     """Seconds of training between two averages."""
+    round_s_max: float = 0.0
+    """Slow exchanges lengthen rounds up to this; 0: eight times `round_s`."""
+    exchange_share: float = 0.5
+    """Of a round's time that its exchange may take before rounds get longer."""
     exchange_s: float = 20.0
     """Deadline of one exchange, in seconds: then it closes with whoever is in."""
     evaluate_every: int = 10
@@ -262,9 +274,18 @@ class ScheduleSpec:
 
     def __post_init__(self) -> None:
         _between("schedule.round_s", self.round_s, 0.1, 86400)
+        _need(self.round_s_max == 0 or self.round_s <= self.round_s_max <= 86400,
+              "schedule.round_s_max", "must be 0, or from round_s to 86400",
+              self.round_s_max)  # fmt: skip
+        _above_zero("schedule.exchange_share", self.exchange_share, 1)
         _between("schedule.exchange_s", self.exchange_s, 0.5, 86400)
         _between("schedule.evaluate_every", self.evaluate_every, 0, 10**6)
         _between("schedule.checkpoint_every", self.checkpoint_every, 1, 10**6)
+
+    @property
+    def longest_round_s(self) -> float:
+        """`round_s_max`, or what it is by default."""
+        return self.round_s_max or min(8 * self.round_s, 86400.0)
 
 
 ADAPTIVE: Final = "auto"
@@ -466,7 +487,7 @@ def _read(hint: Any, raw: Any, where: str, lenient: bool) -> Any:
         return raw
     if hint is float and lenient and type(raw) is int:
         raw = float(raw)
-    words = {str: "a text", int: "a whole number", float: "a number"}
+    words = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
     _need(type(raw) is hint, where, f"must be {words[hint]}", raw)
     if hint is float:
         _need(math.isfinite(raw), where, "must be finite", raw)

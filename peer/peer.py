@@ -324,6 +324,7 @@ async def _assemble(
         seed=manifest.model.seed,
         threads=config.threads,
         checkpoint_every=manifest.schedule.checkpoint_every,
+        local_steps=manifest.outer.local_steps if manifest.outer.asynchronous else 0,
     )
     await learner.open()
     stack.push_async_callback(learner.close, save=False)
@@ -336,6 +337,8 @@ async def _assemble(
             members_max=manifest.group.members_max,
             aggregators_max=manifest.group.aggregators_max,
             round_s=manifest.schedule.round_s,
+            round_s_max=manifest.schedule.longest_round_s,
+            exchange_share=manifest.schedule.exchange_share,
             exchange_s=manifest.schedule.exchange_s,
             quorum=manifest.group.quorum,
         ),

@@ -6,6 +6,8 @@ round that we have not reached waits until we have.
 
 from __future__ import annotations
 
+import math
+
 from protocols.election import fault_in
 from protocols.errors import RemoteProtocolError
 from protocols.events import Effect, PlanAdopted, Send
@@ -37,7 +39,8 @@ class Following:
             raise RemoteProtocolError(sender, "plans a round without itself")
         if plan.epoch > here.epoch + EPOCH_LEAP_MAX:
             raise RemoteProtocolError(sender, f"leaps to epoch {plan.epoch}")
-        if plan.train_ms > here.config.round_s * 1000 + 1:
+        longest_s = max(here.config.round_s, here.config.round_s_max)
+        if plan.train_ms > longest_s * 1000 + 1:
             raise RemoteProtocolError(sender, f"plans {plan.train_ms} ms of training")
         if plan.exchange_ms > here.config.exchange_s * 1000 + 1:
             raise RemoteProtocolError(sender, f"plans {plan.exchange_ms} ms of exchange")
@@ -93,6 +96,8 @@ class Following:
         if current is not None and current.number == plan.round and same_bounds(plan, current.plan):
             effects = current.revise(plan, now_s)
             return [PlanAdopted(plan, coordinator, current.due_s), *effects]
+        if coordinator != here.me and math.isfinite(here.due_s):
+            here.pace.followed(received_s + plan.train_ms / 1000 - here.due_s)
         here.current = Round(here.me, plan, received_s, here.config.quorum, here.arrivals)
         return [PlanAdopted(plan, coordinator, here.current.due_s)]
 

@@ -325,6 +325,7 @@ class GroupMachine:
             return []
         if here.current is not None and here.current.number == number:
             here.due_s = here.current.due_s
+            here.pace.measured(now_s - here.due_s)
             here.previous, here.current = here.current, None
         self._moved_to(number + 1, digest, now_s)
         return self._company.beat(now_s)

@@ -18,6 +18,7 @@ from protocols.errors import RemoteProtocolError
 from protocols.events import RecordIssued
 from protocols.membership import Membership, Neighbour, seat_of
 from protocols.messages import Plan, Seat
+from protocols.pace import Pace
 from protocols.round import Round
 from protocols.types import Digest, GroupName, PeerId, RunId
 
@@ -37,7 +38,11 @@ class GroupConfig:
     members_max: int = limits.GROUP_MEMBERS_MAX
     aggregators_max: int = 4
     round_s: float = 5.0
-    """From one round's contributions to the next."""
+    """From one round's contributions to the next, if the exchange is quick enough."""
+    round_s_max: float = 0.0
+    """The most to which slow exchanges lengthen a round; less than `round_s`: never."""
+    exchange_share: float = 0.5
+    """Of a round's time that its exchange should take at most."""
     exchange_s: float = 20.0
     """A round that is not complete this long after its contributions were due is made good."""
     quorum: float = 0.5
@@ -79,6 +84,8 @@ class Standing:
         """When we last got a step further: a plan, an outcome, a state."""
         self.newcomer = True
         """Others know the plan in force and we don't, so one of them should coordinate."""
+        self.pace = Pace(config.round_s, config.round_s_max, config.exchange_share)
+        """How long rounds are."""
         self.arrivals = Arrivals(TRAIN_SHARE * config.round_s)
         """What our spans' contributions taught us about delays."""
         self.agreed = -1

@@ -98,7 +98,7 @@ class Steering:
         if waiting and now_s - here.applied_s < limits.DIGEST_WAIT_S:
             return []
         same = [s for s in seats if here.same_digest(s.peer)]
-        train_s = max(TRAIN_S_MIN, here.due_s + here.config.round_s - now_s)
+        train_s = max(TRAIN_S_MIN, here.due_s + here.pace.round_s - now_s)
         plan = make_plan(
             run=here.config.run,
             group=here.group,
@@ -107,7 +107,7 @@ class Steering:
             seats=same,
             units=here.config.units,
             aggregators_max=here.config.aggregators_max,
-            train_ms=int(min(train_s, here.config.round_s) * 1000),
+            train_ms=int(min(train_s, here.pace.round_s) * 1000),
             exchange_ms=int(here.config.exchange_s * 1000),
             digest=here.digest,
         )

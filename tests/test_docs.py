@@ -56,6 +56,8 @@ def rows(text: str) -> dict[str, list[str]]:
 def as_toml(value: Any) -> str:
     if isinstance(value, tuple):
         return "[" + ", ".join(map(as_toml, value)) + "]"
+    if isinstance(value, bool):
+        return str(value).lower()
     return f'"{value}"' if isinstance(value, str) else str(value)
 
 

@@ -1,12 +1,7 @@
-"""Pretraining: pseudo-gradients, averaged, drive an outer Nesterov step (DiLoCo, arXiv 2311.08105).
+"""Pretraining: pseudo-gradients, averaged, drive an outer optimiser (DiLoCo, arXiv 2311.08105).
 
-Each peer sends delta = theta - x after its inner steps. With D the weighted mean of deltas:
-
-    m     <- beta m + D
-    theta <- theta - eta (D + beta m)
-
-in float32 with separate NumPy multiplications and additions, unit by unit: the same bits on every
-machine, since IEEE 754 fixes each of them and nothing is fused.
+Each peer sends delta = theta - x after its inner steps; `peer/train/outer.py` has what the weighted
+mean of deltas does to theta.
 
 Shapes: N = all parameters (tied ones once), U = values of one unit.
 """
@@ -24,6 +19,7 @@ from peer.manifest import OuterSpec
 from peer.train.flat import FlatMethod, UnitCoder, sound
 from peer.train.inner import Float32, Inner, save_model
 from peer.train.method import ArrayMap, Reducer
+from peer.train.outer import DelayedNesterov, Nesterov, Outer
 from tensorcodecs import CHUNK_VALUES, Codec, Reduced, codec_of, get_codec, reduce_unit
 from tensorcodecs.feedback import decay_of, encode_with_feedback
 from tensorcodecs.frame import Frame
@@ -59,15 +55,15 @@ class PretrainMethod(FlatMethod):
         self, inner: Inner, outer: OuterSpec, codec: Codec, *, adaptive: bool = False
     ) -> None:
         """`adaptive`: each link may code contributions otherwise, as its bandwidth allows."""
-        self._momentum_N = np.zeros(inner.layout.numel, np.float32)
-        super().__init__(
-            inner,
-            inner.layout.units,
-            {"momentum": self._momentum_N},
-            staleness=outer.staleness,
-        )
-        self._lr = np.float32(outer.lr)
-        self._beta = np.float32(outer.momentum)
+        layout = inner.layout
+        largest = max(layout.unit_sizes(), default=0)
+        if outer.asynchronous:
+            self._optimizer: Outer = DelayedNesterov(
+                layout.numel, layout.units, largest, outer.lr, outer.momentum, outer.delay
+            )
+        else:
+            self._optimizer = Nesterov(layout.numel, largest, outer.lr, outer.momentum)
+        super().__init__(inner, layout.units, self._optimizer.arrays, staleness=outer.staleness)
         self._codec = codec
         self._snr_db = SNR_DB if adaptive else None
         self._decay = decay_of(codec.name)
@@ -77,7 +73,6 @@ class PretrainMethod(FlatMethod):
         self._residual_N = np.zeros(kept, np.float32)
         self._next_residual_N = self._residual_N
         self._mean = np.empty(CHUNK_VALUES, np.float32)
-        self._look = np.empty(CHUNK_VALUES, np.float32)
 
     def reducer(self) -> Reducer:
         return MeanReducer(self.inner.layout.unit_sizes(), self._mean_codec)
@@ -126,12 +121,6 @@ class PretrainMethod(FlatMethod):
     def _outer_step(self, unit: int, payload: bytes) -> None:
         where = self._slice(unit)
         size = where.stop - where.start
-        mean_U, look_U = self._mean[:size], self._look[:size]
+        mean_U = self._mean[:size]
         codec_of(payload).decode_into(payload, mean_U)
-        theta_U, m_U = self._theta_N[where], self._momentum_N[where]
-        np.multiply(m_U, self._beta, out=m_U)
-        np.add(m_U, mean_U, out=m_U)
-        np.multiply(m_U, self._beta, out=look_U)
-        np.add(look_U, mean_U, out=look_U)
-        np.multiply(look_U, self._lr, out=look_U)
-        np.subtract(theta_U, look_U, out=theta_U)
+        self._optimizer.step(unit, where, self._theta_N[where], mean_U)

@@ -153,6 +153,7 @@ class World:
         loss: float = 0.0,
         round_s: float = 5.0,
         exchange_s: float = 10.0,
+        round_s_max: float = 0.0,
         units: int = UNITS,
     ) -> None:
         self.seed = seed
@@ -163,6 +164,7 @@ class World:
         self.round_s = round_s
         self.exchange_s = exchange_s
         self.units = units
+        self.round_s_max = round_s_max
         self.peers: dict[PeerId, Peer] = {}
         self.cut: set[frozenset[PeerId]] = set()
         self._arrived_s: dict[tuple[PeerId, PeerId], float] = {}
@@ -184,7 +186,12 @@ class World:
     ) -> Peer:
         """A peer with index's identity; `fresh` = it must get the state from somebody."""
         config = GroupConfig(
-            run=RUN, units=self.units, site=site, round_s=self.round_s, exchange_s=self.exchange_s
+            run=RUN,
+            units=self.units,
+            site=site,
+            round_s=self.round_s,
+            exchange_s=self.exchange_s,
+            round_s_max=self.round_s_max,
         )
         me = signer(index)
         old = self.peers.get(me.peer_id)
