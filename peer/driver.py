@@ -26,6 +26,7 @@ from peer.exchange import (
     RefusedError,
     refuse,
 )
+from peer.mixing import Mixing
 from peer.net.transport import Stream, Transport, TransportError
 from peer.observe import events as ev
 from peer.train.method import Contribution
@@ -80,8 +81,13 @@ from protocols.messages import (
     PLAN_DOMAIN,
     AssetQuery,
     ContributionHeader,
+    DebtClosed,
+    DebtPush,
+    DebtsQuery,
     Heartbeat,
     Hello,
+    LoanAgain,
+    LoanQuery,
     Message,
     OutcomeHeader,
     OutcomePush,
@@ -94,9 +100,9 @@ from protocols.messages import (
     encode,
     open_signed,
 )
-from protocols.records import Signed, read_record, sign
+from protocols.records import PeerRecord, Signed, read_record, sign
 from protocols.schema import SchemaError
-from protocols.types import Digest, PeerId
+from protocols.types import Digest, GroupName, PeerId
 
 SLEEP_S_MAX: Final = 3600.0  # the machine says when it wants to be woken
 REFUSALS_TOLD_MAX: Final = 64  # per peer; a flood of nonsense must not flood the log
@@ -183,6 +189,8 @@ class Driver:
         self._serve_asset = serve_asset
         self.on_plan = on_plan
         self.clock = clock
+        self.mixing: Mixing | None = None
+        """Gossip with other groups; set by whoever puts the peer together, where there is any."""
         self._outboxes: dict[PeerId, deque[Message]] = {}
         self._quiet = asyncio.Event()
         self._applying = 0
@@ -210,8 +218,10 @@ class Driver:
             self._tasks = tasks
             while True:
                 self.feed(Tick())
+                if self.mixing is not None:
+                    self.mixing.feed(Tick())
                 self._wake.clear()
-                self._sleeps_until_s = self.machine.deadline_s
+                self._sleeps_until_s = self._deadline_s()
                 wait_s = max(0.0, self._sleeps_until_s - self.clock.monotonic())
                 try:
                     async with asyncio.timeout(min(wait_s, SLEEP_S_MAX)):
@@ -230,7 +240,17 @@ class Driver:
         effects = self.machine.handle(event, self.clock.monotonic())
         for effect in effects:
             self._perform(effect)
-        if effects or self.machine.deadline_s < self._sleeps_until_s:
+        if effects:
+            self._wake.set()
+        self.wake()
+
+    def _deadline_s(self) -> float:
+        mixing_s = math.inf if self.mixing is None else self.mixing.deadline_s
+        return min(self.machine.deadline_s, mixing_s)
+
+    def wake(self) -> None:
+        """Look again, if there is something to do before we meant to."""
+        if self._deadline_s() < self._sleeps_until_s:
             self._wake.set()
 
     def refused(self, error: RemoteProtocolError) -> None:
@@ -242,7 +262,28 @@ class Driver:
         if count <= REFUSALS_TOLD_MAX:
             self.emit(ev.PeerRefused(error.peer, error.reason))
 
-    def _start(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None] | None:
+    # ── what gossip needs of us ──────────────────────────────────────────────────────────
+    @property
+    def group(self) -> GroupName:
+        return self.machine.group
+
+    @property
+    def round(self) -> int:
+        return self.learner.round
+
+    def now_s(self) -> float:
+        return self.clock.monotonic()
+
+    def live_members(self) -> list[PeerId]:
+        return self.machine.live_members(self.now_s())
+
+    def records(self) -> list[PeerRecord]:
+        """Of fellow members that live."""
+        live = self.machine.members.live(self.machine.group, self.now_s())
+        return [neighbour.record for neighbour in live]
+
+    def start(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None] | None:
+        """Own a task; None while nothing runs."""
         if self._tasks is None:
             work.close()
             return None
@@ -252,16 +293,16 @@ class Driver:
     def _perform(self, effect: Effect) -> None:
         match effect:
             case Send(peer, message):
-                self._post(peer, message)
+                self.post(peer, message)
             case SignPlan(plan, to):
                 signed = sign(self.signer, PLAN_DOMAIN, plan)
                 for peer in to:
-                    self._post(peer, PlanIssued(signed))
+                    self.post(peer, PlanIssued(signed))
             case TakeContribution(number):
-                self._start(self._take(number), f"take {number}")
+                self.start(self._take(number), f"take {number}")
             case SendContribution(plan, span, to):
                 work = self._send_contribution(plan, span, to)
-                task = self._start(work, f"send {span} to {to}")
+                task = self.start(work, f"send {span} to {to}")
                 if task is not None:
                     self._sending = {k: t for k, t in self._sending.items() if not t.done()}
                     self._sending[plan.round, span] = task
@@ -269,20 +310,20 @@ class Driver:
                 if (late := self._sending.pop((number, span), None)) is not None:
                     late.cancel()
             case CloseSpan(plan, span, keep):
-                self._start(self._close_span(plan, span, keep), f"close {span}")
+                self.start(self._close_span(plan, span, keep), f"close {span}")
             case DropSpan(number, span):
                 plan_now = self._due.get(number)
                 if plan_now is not None:
                     bounds = plan_now[1].spans[span]
                     self.exchange.drop_span(number, bounds.start, bounds.stop)
             case PushOutcome():
-                self._start(self._push(effect), f"push {effect.header.span} to {effect.to}")
+                self.start(self._push(effect), f"push {effect.header.span} to {effect.to}")
             case FetchOutcomes(peer, number, span):
-                self._start(self._fetch(peer, number, span), f"fetch {number} from {peer}")
+                self.start(self._fetch(peer, number, span), f"fetch {number} from {peer}")
             case ApplyRound() if not self.machine.leaving:
-                self._start(self._apply(effect), f"apply {effect.round}")
+                self.start(self._apply(effect), f"apply {effect.round}")
             case FetchState():
-                self._start(self._fetch_state(effect), f"state from {effect.donor}")
+                self.start(self._fetch_state(effect), f"state from {effect.donor}")
             case PublishRecord():
                 self.publish()
             case _:
@@ -320,13 +361,13 @@ class Driver:
                 pass
 
     # ── control messages ─────────────────────────────────────────────────────────────────
-    def _post(self, peer: PeerId, message: Message) -> None:
+    def post(self, peer: PeerId, message: Message) -> None:
         """Queue a message; one sender per peer, so a slow one delays nobody else."""
         box = self._outboxes.get(peer)
         if box is None:
             self._outboxes[peer] = box = deque()
             self._quiet.clear()
-            self._start(self._deliver(peer, box), f"messages to {peer}")
+            self.start(self._deliver(peer, box), f"messages to {peer}")
         if isinstance(message, Heartbeat | Hello):
             for queued in [m for m in box if isinstance(m, type(message))]:
                 box.remove(queued)  # only the newest says where we stand
@@ -370,7 +411,11 @@ class Driver:
             message = decode(request, sender)
             if isinstance(message, Hello):
                 self._remember(sender, message)
-            self._handle(Received(sender, message))
+            if isinstance(message, DebtClosed):
+                if self.mixing is not None:
+                    self.mixing.heard(sender, message)
+            else:
+                self._handle(Received(sender, message))
         except RemoteProtocolError as error:
             self.refused(error)
             raise
@@ -483,6 +528,8 @@ class Driver:
             self.emit(ev.CaughtUp(effect.round, self._fetched_from))
         due_s = self._due.get(effect.round, (self.clock.monotonic(), None))[0]
         self.feed(Applied(effect.round, facts.digest))
+        if self.mixing is not None:
+            self.mixing.round_done(held)
         self.round_finished(
             effect.round, facts, held, effect.plan, max(0.0, self.clock.monotonic() - due_s)
         )
@@ -517,6 +564,8 @@ class Driver:
         self.emit(
             ev.StateReceived(donor, state.round, state.bytes, self.clock.monotonic() - begun_s)
         )
+        if self.mixing is not None:
+            await self.mixing.state_replaced(donor)
         self.feed(StateReady(state.round, state.digest))
 
     # ── streams that others open ─────────────────────────────────────────────────────────
@@ -547,6 +596,26 @@ class Driver:
             case AssetQuery():
                 self._check_run(stream.peer, header.run)
                 await self._serve_asset(stream, header)
+            case LoanQuery() | LoanAgain() | DebtPush() | DebtsQuery():
+                self._check_run(stream.peer, header.run)
+                await self._serve_gossip(stream, header)
+
+    async def _serve_gossip(
+        self, stream: Stream, header: LoanQuery | LoanAgain | DebtPush | DebtsQuery
+    ) -> None:
+        mixing = self.mixing
+        if mixing is None or not self.machine.ready:
+            await refuse(stream, NO, "we do not gossip")
+            return
+        match header:
+            case LoanQuery():
+                await mixing.serve_loan(stream, header)
+            case LoanAgain():
+                await mixing.serve_again(stream, header)
+            case DebtPush():
+                await mixing.serve_debt(stream, header)
+            case DebtsQuery():
+                await mixing.serve_debts(stream, header)
 
     def _check_run(self, sender: PeerId, run: str) -> None:
         if run != self.machine.config.run:

@@ -26,7 +26,9 @@ import numpy.typing as npt
 
 from peer.clock import SYSTEM, Clock
 from peer.net.transport import Stream, Transport, TransportError
+from peer.riding import Board, Riding, notes_of
 from peer.sending import batches, missed_again
+from peer.train.composite import compose, split
 from peer.train.method import Contribution, Reducer
 from protocols import limits
 from protocols.blocks import NO_BLOCKS, BlockReport
@@ -141,18 +143,25 @@ class Exchange:
         """Measured on the contributions that we sent, the latest counting half."""
         self._codec = ThreadPoolExecutor(1, thread_name_prefix="codec")
         self._own: tuple[int, Contribution] | None = None
+        self._closed = False
         self._own_blocks = NO_BLOCKS
         self._missed: dict[int, int] = {}
         """Unit -> how many rounds in a row ours came too late."""
+        self.riding: Riding | None = None
+        """Mixes with other groups; None where there is no gossip."""
         self._spans: dict[tuple[int, int, int], _OpenSpan] = {}
         self._outcomes: dict[int, list[Outcome]] = {}
         """round -> what is held of it, the latest last. Several of one span may be held while a
         round is undecided; an applied round keeps exactly what was applied."""
 
     async def close(self) -> None:
+        self._closed = True
         self._codec.shutdown(wait=False, cancel_futures=True)
 
-    async def _compute(self, fn: Callable[[], T]) -> T:
+    async def compute(self, fn: Callable[[], T]) -> T:
+        """`fn()` in the codec thread."""
+        if self._closed:
+            raise TransportError(self._transport.peer_id, "is closing")
         return await asyncio.get_running_loop().run_in_executor(self._codec, fn)
 
     # ── contributions, outgoing ──────────────────────────────────────────────────────────
@@ -186,22 +195,24 @@ class Exchange:
             span.stop,
             float(contribution.weight),
             self._own_blocks,
+            self._loans(plan.round, span.start, span.stop),
         )
         stream = await self._transport.open(to, limits.CONNECT_TIMEOUT_S)
         try:
             await stream.send(HEADER, encode(header))
-            await _expect_yes(stream)
+            await expect_yes(stream)
             codec = self._codec_for(plan, index, to, contribution)
             begun_s, size = self._clock.monotonic(), 0
             if contribution.weight > 0:
                 for start, stop in batches(span.start, span.stop, self._missed, BATCH_UNITS):
-                    payloads = await self._compute(
+                    payloads = await self.compute(
                         lambda a=start, b=stop: contribution.encode(a, b, codec)  # type: ignore[misc]
                     )
+                    payloads = self._attach(header.loans, plan.round, start, payloads)
                     size += sum(map(len, payloads))
-                    await _send_units(stream, start, payloads)
+                    await send_units(stream, start, payloads)
             await stream.finish()
-            await _expect_yes(stream)
+            await expect_yes(stream)
             self._sent(to, size, self._clock.monotonic() - begun_s)
         finally:
             await stream.close()
@@ -242,17 +253,31 @@ class Exchange:
         me = self._transport.peer_id
         if contribution.weight <= 0:
             return True
+        loans = self._loans(plan.round, span.start, span.stop)
+        if self.riding is not None:
+            self.riding.admit_own(loans, plan.round)
         for start in range(span.start, span.stop, BATCH_UNITS):
             if state.closed:
                 return False
             stop = min(start + BATCH_UNITS, span.stop)
             if all(unit in state.parts.get(me, {}) for unit in range(start, stop)):
                 continue
-            payloads = await self._compute(
+            payloads = await self.compute(
                 lambda a=start, b=stop: contribution.encode(a, b)  # type: ignore[misc]
             )
+            payloads = self._attach(loans, plan.round, start, payloads)
             self._keep(state, me, contribution.weight, self._own_blocks, enumerate(payloads, start))
         return True
+
+    def _loans(self, number: int, start: int, stop: int) -> tuple[Signed, ...]:
+        return () if self.riding is None else self.riding.loans(number, start, stop)
+
+    def _attach(
+        self, loans: Sequence[Signed], number: int, start: int, units: list[bytes]
+    ) -> list[bytes]:
+        if self.riding is None or not loans:
+            return units
+        return self.riding.attach(loans, number, start, units)
 
     # ── contributions, incoming ──────────────────────────────────────────────────────────
     async def receive_contribution(self, stream: Stream, header: ContributionHeader) -> bool:
@@ -262,11 +287,15 @@ class Exchange:
             RemoteProtocolError: a unit that is not this span's, or not a valid coded unit.
             TransportError: the stream broke; what arrived stays inside.
         """
+        if header.loans and self.riding is None:
+            raise RemoteProtocolError(stream.peer, "mixes in a run without gossip")
+        if self.riding is not None:
+            self.riding.admit(header, stream.peer)
         state = self._span(header.round, header.start, header.stop)
-        await _reply(stream, YES)
+        await reply(stream, YES)
         if header.weight <= 0:
             await stream.receive(0)
-            await _reply(stream, YES)
+            await reply(stream, YES)
             return True
         batch: list[tuple[int, bytes]] = []
         done = False
@@ -275,7 +304,7 @@ class Exchange:
             if frame is None:
                 done = True
             else:
-                units = _units_in(stream.peer, frame.kind, frame.payload)
+                units = units_in(stream.peer, frame.kind, frame.payload)
                 for unit, _ in units:
                     if not header.start <= unit < header.stop:
                         raise RemoteProtocolError(stream.peer, f"unit {unit} is not in its span")
@@ -287,7 +316,7 @@ class Exchange:
         whole = len(state.parts.get(stream.peer, ())) == header.stop - header.start
         if not whole and not state.closed:
             raise RemoteProtocolError(stream.peer, "ended its contribution early")
-        await _reply(stream, YES)
+        await reply(stream, YES)
         return whole
 
     async def _check(self, sender: PeerId, batch: Sequence[tuple[int, bytes]]) -> None:
@@ -296,12 +325,14 @@ class Exchange:
         def check() -> tuple[int, str] | None:
             for unit, payload in batch:
                 try:
-                    self._reducer.check(unit, payload)
+                    riding = self.riding
+                    mean = payload if riding is None else riding.check(unit, payload)
+                    self._reducer.check(unit, mean)
                 except ValueError as error:
                     return unit, str(error)
             return None
 
-        fault = await self._compute(check)
+        fault = await self.compute(check)
         if fault is not None:
             raise RemoteProtocolError(sender, f"unit {fault[0]}: {fault[1]}")
 
@@ -332,11 +363,14 @@ class Exchange:
         state.closed = True
         units: list[bytes] = [b""] * (span.stop - span.start)
         faults: list[RemoteProtocolError] = []
+        board = None
+        if self.riding is not None:
+            board = self.riding.board(plan.round, span.start, span.stop)
         if keep:
             for start in range(span.start, span.stop, BATCH_UNITS):
                 stop = min(start + BATCH_UNITS, span.stop)
-                reduced = await self._compute(
-                    lambda a=start, b=stop: self._reduce(state, range(a, b))  # type: ignore[misc]
+                reduced = await self.compute(
+                    lambda a=start, b=stop: self._reduce(state, range(a, b), board)  # type: ignore[misc]
                 )
                 units[start - span.start : stop - span.start] = reduced[0]
                 faults += reduced[1]
@@ -350,10 +384,11 @@ class Exchange:
             span.start,
             span.stop,
             contributors,
-            await self._compute(lambda: content_digest(units)),
+            await self.compute(lambda: content_digest(units)),
             sum(map(len, units)),
             self._clock.monotonic() - state.opened_s,
             plan.digest,
+            () if board is None else notes_of(board, units, content_digest),
         )
         outcome = Outcome(header, sign(self._signer, OUTCOME_DOMAIN, header), tuple(units))
         self.hold(outcome)
@@ -361,7 +396,7 @@ class Exchange:
         return Closed(outcome, tuple(faults))
 
     def _reduce(
-        self, state: _OpenSpan, units: range
+        self, state: _OpenSpan, units: range, board: Board | None
     ) -> tuple[list[bytes], list[RemoteProtocolError]]:
         """Coded means; what turns out to be no unit is taken out of the span."""
         coded: list[bytes] = []
@@ -369,8 +404,11 @@ class Exchange:
         for unit in units:
             senders = [peer for peer in sorted(state.parts) if unit in state.parts[peer]]
             parts = [(state.weights[peer], state.parts[peer][unit]) for peer in senders]
+            riding = [m for _, payload in parts for m in split(payload)[1]] if board else []
+            if riding:
+                parts = [(weight, split(payload)[0]) for weight, payload in parts]
             reduced = self._reducer.reduce(unit, parts)
-            coded.append(reduced.payload)
+            coded.append(compose(reduced.payload, board.let_in(unit, riding) if board else ()))
             for index, reason in reduced.refused:
                 faults.append(RemoteProtocolError(senders[index], f"unit {unit}: {reason}"))
                 del state.parts[senders[index]][unit]
@@ -416,11 +454,11 @@ class Exchange:
         stream = await self._transport.open(to, limits.CONNECT_TIMEOUT_S)
         try:
             await stream.send(HEADER, encode(OutcomePush(epoch, outcome.signed)))
-            if await _answer(stream) == HAVE:
+            if await answer(stream) == HAVE:
                 return
-            await _send_units(stream, outcome.header.start, outcome.units)
+            await send_units(stream, outcome.header.start, outcome.units)
             await stream.finish()
-            await _expect_yes(stream)
+            await expect_yes(stream)
         finally:
             await stream.close()
 
@@ -430,13 +468,13 @@ class Exchange:
         Raises:
             RemoteProtocolError: the content is not what the proof says.
         """
-        await _reply(stream, YES)
+        await reply(stream, YES)
         units: list[bytes] = []
         size = 0
         while (frame := await stream.receive(UNITS_FRAME_BYTES_MAX)) is not None:
             size = self._take_units(stream.peer, header, frame.kind, frame.payload, units, size)
         await self._verify(stream.peer, header, signed, units)
-        await _reply(stream, YES)
+        await reply(stream, YES)
 
     def _take_units(
         self,
@@ -447,7 +485,7 @@ class Exchange:
         units: list[bytes],
         size: int,
     ) -> int:
-        for unit, payload in _units_in(sender, kind, data):
+        for unit, payload in units_in(sender, kind, data):
             if unit != header.start + len(units) or unit >= header.stop:
                 raise RemoteProtocolError(sender, f"unit {unit} of an outcome is out of order")
             size += len(payload)
@@ -461,7 +499,7 @@ class Exchange:
     ) -> None:
         if len(units) != header.stop - header.start:
             raise RemoteProtocolError(sender, "an outcome that ends early")
-        if await self._compute(lambda: content_digest(units)) != header.content:
+        if await self.compute(lambda: content_digest(units)) != header.content:
             raise RemoteProtocolError(sender, "an outcome that does not match its proof")
         self.hold(Outcome(header, signed, tuple(units)))
 
@@ -475,7 +513,7 @@ class Exchange:
             if header.group != query.group or query.span not in (None, header.span):
                 continue
             await stream.send(OUTCOME, pack(outcome.signed))
-            await _send_units(stream, header.start, outcome.units)
+            await send_units(stream, header.start, outcome.units)
         await stream.finish()
 
     async def fetch_outcomes(
@@ -550,7 +588,7 @@ def _signed_outcome(
     return header, signed
 
 
-def _units_in(sender: PeerId, kind: int, data: bytes) -> list[tuple[int, bytes]]:
+def units_in(sender: PeerId, kind: int, data: bytes) -> list[tuple[int, bytes]]:
     """The (unit, coded bytes) that a frame holds.
 
     Raises:
@@ -589,7 +627,7 @@ def _contributors(state: _OpenSpan, start: int, stop: int) -> tuple[Contributor,
     return tuple(found)
 
 
-async def _send_units(stream: Stream, first: int, payloads: Sequence[bytes]) -> None:
+async def send_units(stream: Stream, first: int, payloads: Sequence[bytes]) -> None:
     """Send units first, first + 1, ..., several to a frame."""
     parts: list[bytes] = []
     size = 0
@@ -603,20 +641,20 @@ async def _send_units(stream: Stream, first: int, payloads: Sequence[bytes]) -> 
         await stream.send(UNITS, b"".join(parts))
 
 
-async def _reply(stream: Stream, status: int, reason: str = "") -> None:
+async def reply(stream: Stream, status: int, reason: str = "") -> None:
     await stream.send(REPLY, bytes([status]) + reason.encode()[: REASON_BYTES_MAX - 1])
 
 
 async def refuse(stream: Stream, status: int, reason: str) -> None:
     """Tell the opener of `stream` why not, and wait for it to close."""
     try:
-        await _reply(stream, status, reason)
+        await reply(stream, status, reason)
         await stream.finish()
     except TransportError:
         pass  # it has gone already
 
 
-async def _answer(stream: Stream) -> int:
+async def answer(stream: Stream) -> int:
     """YES or HAVE.
 
     Raises:
@@ -631,5 +669,5 @@ async def _answer(stream: Stream) -> int:
     return status
 
 
-async def _expect_yes(stream: Stream) -> None:
-    await _answer(stream)
+async def expect_yes(stream: Stream) -> None:
+    await answer(stream)

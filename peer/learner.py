@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Final, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from peer.checkpoint import CheckpointStore, SavedInfo
@@ -25,6 +26,7 @@ from peer.exchange import Outcome, included_units
 from peer.observe import events as ev
 from peer.train.dylu import Speeds
 from peer.train.method import ArrayMap, DataSource, Method
+from peer.train.mixtable import MixTable
 from peer.train.shared import SharedStream
 from peer.train.stream import BlockStream
 from peer.train.trainer import Stats, Trainer
@@ -215,6 +217,17 @@ class TrainerLearner:
     @property
     def method(self) -> Method:
         return self._trainer.method
+
+    @property
+    def mix_table(self) -> MixTable:
+        """See `mixing.MixingLearner`; only of a method that mixes."""
+        table = self._trainer.method.mixes
+        assert table is not None
+        return table
+
+    def outer(self, start: int, stop: int) -> list[npt.NDArray[np.float32]]:
+        """See `Method.outer`."""
+        return self._trainer.method.outer(start, stop)
 
     async def share(self, shares: Shares) -> None:
         """Whose part of the run's blocks is whose, from now on."""

@@ -271,6 +271,12 @@ class ScheduleSpec:
     """Rounds between two looks at the held-out text; 0: never."""
     checkpoint_every: int = 10
     """Rounds between two full checkpoints."""
+    gossip_every: int = 4
+    """pretrain: rounds between two mixes of a group's state with another group's; 0: never, and so
+    it must be for lora, whose factors can't be averaged one by one."""
+    gossip_slots: int = 0
+    """Parts of the state that are mixed with different groups, by different members; 0: as many as
+    aggregators_max."""
 
     def __post_init__(self) -> None:
         _between("schedule.round_s", self.round_s, 0.1, 86400)
@@ -281,6 +287,8 @@ class ScheduleSpec:
         _between("schedule.exchange_s", self.exchange_s, 0.5, 86400)
         _between("schedule.evaluate_every", self.evaluate_every, 0, 10**6)
         _between("schedule.checkpoint_every", self.checkpoint_every, 1, 10**6)
+        _between("schedule.gossip_every", self.gossip_every, 0, 10**6)
+        _between("schedule.gossip_slots", self.gossip_slots, 0, limits.GOSSIP_SLOTS_MAX)
 
     @property
     def longest_round_s(self) -> float:
@@ -353,6 +361,9 @@ class Manifest:
         good = _LABEL.fullmatch(self.name) is not None and self.name == self.name.strip()
         _need(good, "name", "must be 1 to 64 letters, digits, spaces or . : + - _", self.name)
         _need(self.min_version >= 1, "min_version", "must be at least 1", self.min_version)
+        _need(self.method.kind == "pretrain" or not self.schedule.gossip_every,
+              "schedule.gossip_every", "must be 0 for lora: groups of it can't be mixed yet",
+              self.schedule.gossip_every)  # fmt: skip
         names = [asset.name for asset in self.assets]
         _need(len(names) <= limits.ASSETS_MAX, "assets", f"at most {limits.ASSETS_MAX} files",
               len(names))  # fmt: skip

@@ -10,7 +10,7 @@ round_s = 5.0           # seconds of training between two averages; a slow peer 
 exchange_s = 20.0       # an exchange closes after this long, with whoever is in
 evaluate_every = 10     # rounds between two looks at the held-out text; 0: never
 checkpoint_every = 10   # rounds between two full checkpoints
-
+GOSSIP
 [group]
 members_max = 8         # near peers that average together; a larger group splits
 aggregators_max = 8     # at most this many of them share the work of averaging
@@ -72,7 +72,9 @@ momentum = 0.5          # 0.9 where a round has hundreds of steps
 [codec]
 name = "q4"             # how updates travel: 3.1 bits a value; or low, min, high, fp32 ...
 """
-    + _COMMON_TAIL
+    + _COMMON_TAIL.replace(
+        "GOSSIP", "gossip_every = 4        # rounds between two mixes with another group\n"
+    )
 )
 
 LORA_TEMPLATE: Final = (
@@ -120,5 +122,7 @@ weight_decay = 0.0
 warmup_steps = 10
 batch_size = 4
 """
-    + _COMMON_TAIL
+    + _COMMON_TAIL.replace(
+        "GOSSIP", "gossip_every = 0        # groups of adapters can't be mixed yet\n"
+    )
 )

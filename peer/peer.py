@@ -31,6 +31,7 @@ from peer.home import Seat, open_seat
 from peer.learner import TrainerLearner
 from peer.manifest import Manifest, default_manifest
 from peer.manifest_toml import stage_assets
+from peer.mixing import Mixing
 from peer.net.budget import UploadBudget
 from peer.net.transport import Stream, Transport
 from peer.observe import events as ev
@@ -42,6 +43,7 @@ from peer.presence import Presence, PresenceConfig
 from peer.train.method import DataSource, Method
 from peer.transfer import serve_asset
 from protocols.events import Leaving, RecordSeen, StateReady
+from protocols.gossip import GossipConfig, GossipMachine
 from protocols.group import GroupConfig, GroupMachine
 from protocols.identity import Signer
 from protocols.messages import AssetQuery, Plan
@@ -366,6 +368,20 @@ async def _assemble(
     driver = Driver(
         machine, net.transport, signer, exchange, learner, hub.emit, serve_asset=give_asset
     )
+    schedule, method = manifest.schedule, learner.method
+    if schedule.gossip_every and method.mixes is not None:
+        gossip = GossipConfig(
+            run=run,
+            units=method.units,
+            every=schedule.gossip_every,
+            slots=schedule.gossip_slots or manifest.group.aggregators_max,
+            round_s=schedule.round_s,
+            exchange_s=schedule.exchange_s,
+        )
+        driver.mixing = Mixing(
+            GossipMachine(signer.peer_id, gossip), driver, net.directory, learner, method.mixer()
+        )
+        exchange.riding = driver.mixing.riding
     if learner.restored and not first:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(RETURN_WAIT_S):

@@ -60,6 +60,22 @@ LEDGER_COVER_UNITS_MAX: Final = 2**18  # larger layouts count only what is insid
 LEDGER_BYTES_MAX: Final = 4 * 2**20  # the ranges, and a bit per unit and holder
 LEDGER_WINDOW_BLOCKS_MIN: Final = 2**14  # small data: some hundred rounds' worth all the same
 
+# ── gossip between groups ────────────────────────────────────────────────────────────────
+GOSSIP_SLOTS_MAX: Final = AGGREGATORS_MAX
+CONTACTS_MAX: Final = 4  # of a lending group in a loan: three may vanish while it is unsettled
+CONTACT_ADDRESSES_MAX: Final = 2
+LOAN_BYTES_MAX: Final = 3 * 2**10  # four contacts with two addresses of the longest kind
+LOANS_MAX: Final = 16  # whose mixes ride in one contribution
+MIX_NOTES_MAX: Final = 8  # in one outcome; 24 KiB with their loans, beside 34 KiB of block reports
+MIXES_PER_UNIT_MAX: Final = 4  # in one outcome; more wait for the next
+MIX_COMMIT_ROUNDS: Final = 8  # +d is in an outcome of the borrower by then, or the mix is off
+MIX_WINDOW_ROUNDS: Final = 512  # of the lender: -d may come this late, from a far slower group
+MIX_ROWS_ADDED: Final = 8  # +d that a state remembers per unit: one a round until its time is up
+MIX_ROWS_TAKEN: Final = 56  # and -d; when later loans push it out, a debt can't be paid any more
+EXACT_UNITS_MAX: Final = 2**15  # named in one header of 160 KiB; a slot that has more takes turns
+CARRIED_MIXES_MAX: Final = 64  # payloads held for others to include
+DEBT_TIMEOUT_S: Final = 6 * 3600.0  # nobody of the lending group answered: it has dissolved
+
 # ── time ─────────────────────────────────────────────────────────────────────────────────
 CALL_TIMEOUT_S: Final = 5.0  # a unary call; the far side is gone or frozen
 PROGRESS_TIMEOUT_S: Final = 5.0  # a stream on which nothing moved

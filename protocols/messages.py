@@ -13,6 +13,7 @@ from protocols import limits
 from protocols.blocks import NO_BLOCKS, BlockReport
 from protocols.errors import RemoteProtocolError
 from protocols.identity import verify
+from protocols.loans import MixNote
 from protocols.records import (
     DigestField,
     GroupField,
@@ -31,6 +32,8 @@ Unit = Annotated[int, Max(limits.UNITS_MAX)]
 SpanIndex = Annotated[int, Max(limits.AGGREGATORS_MAX)]
 Pause = Annotated[int, Max(int(limits.HEARTBEAT_S_MAX * 1000))]
 WEIGHT_MAX: Final = 1e15  # sums of weights stay exact in a float64, and far from infinity
+
+HINT_MAX: Final = 2.0**20  # a distance in sizes of the momentum; beyond it fp32 is sent anyway
 
 PLAN_DOMAIN: Final = "plan"
 OUTCOME_DOMAIN: Final = "outcome"
@@ -115,8 +118,12 @@ class OutcomeHeader:
     seconds: float
     base: DigestField = b""
     """Digest of the state that the round started from: on another one it means nothing."""
+    mixes: Annotated[tuple[MixNote, ...], Max(limits.MIX_NOTES_MAX)] = ()
+    """Mixes with other groups that ride along, each unit of each once."""
 
     def __post_init__(self) -> None:
+        if any(not self.start <= m.start < m.stop <= self.stop for m in self.mixes):
+            raise ValueError("a mix outside of its span")
         size = (self.stop - self.start + 7) // 8
         if self.stop <= self.start:
             raise ValueError("an empty span")
@@ -199,7 +206,18 @@ class Goodbye:
     reason: TextField
 
 
-Message = Hello | Heartbeat | PlanIssued | PlanRefused | SpanHeld | Goodbye
+@dataclass(frozen=True, slots=True)
+class DebtClosed:
+    """To fellow members: nobody need pay this debt any more."""
+
+    run: RunIdField
+    group: GroupField
+    mix: Annotated[int, Max(2**63 - 1)]
+    paid: bool
+    """Or given up."""
+
+
+Message = Hello | Heartbeat | PlanIssued | PlanRefused | SpanHeld | Goodbye | DebtClosed
 
 
 # ── stream headers ───────────────────────────────────────────────────────────────────────
@@ -217,10 +235,14 @@ class ContributionHeader:
     weight: float
     blocks: BlockReport = NO_BLOCKS
     """Which blocks of the data are behind it."""
+    loans: Annotated[tuple[Signed, ...], Max(limits.LOANS_MAX)] = ()
+    """Of the mixes with other groups that ride along in these units."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.weight <= WEIGHT_MAX:
             raise ValueError("a weight out of range")
+        if any(len(loan.body) > limits.LOAN_BYTES_MAX for loan in self.loans):
+            raise ValueError("a loan that is too long")
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,7 +279,60 @@ class AssetQuery:
     offset: Counter
 
 
-StreamHeader = ContributionHeader | OutcomePush | OutcomeQuery | StateQuery | AssetQuery
+@dataclass(frozen=True, slots=True)
+class LoanQuery:
+    """Another group's member asks to see our state of units start..stop-1, to mix with it."""
+
+    run: RunIdField
+    group: GroupField
+    """The asker's."""
+    lender: GroupField
+    """Which group it takes us for."""
+    round: Counter
+    start: Unit
+    stop: Unit
+    hints: Annotated[tuple[float, ...], Max(8)]
+    """How far apart the last two states were, in units of the momentum's size, for each vector of
+    the state; empty if it does not know."""
+
+    def __post_init__(self) -> None:
+        if self.stop <= self.start:
+            raise ValueError("a query for no units")
+        if any(not 0.0 < hint <= HINT_MAX for hint in self.hints):
+            raise ValueError("a hint out of range")
+
+
+@dataclass(frozen=True, slots=True)
+class DebtPush:
+    """The borrower's outcome with +d was applied: here is the proof, and -d for your group."""
+
+    run: RunIdField
+    loan: Signed
+    units: Annotated[bytes, Max(limits.SPAN_MASK_BYTES_MAX)]
+    """Bit i (least significant first): for unit loan.start + i."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoanAgain:
+    """To the lender: we are too far away to read these units of your loan; show them exactly."""
+
+    run: RunIdField
+    loan: Signed
+    units: Annotated[tuple[Unit, ...], Max(limits.EXACT_UNITS_MAX)]
+
+
+@dataclass(frozen=True, slots=True)
+class DebtsQuery:
+    """To a fellow member: what does our group owe, and who was in it before us?"""
+
+    run: RunIdField
+    group: GroupField
+
+
+StreamHeader = (
+    ContributionHeader | OutcomePush | OutcomeQuery | StateQuery | AssetQuery | LoanQuery
+    | DebtPush | LoanAgain | DebtsQuery
+)  # fmt: skip
 
 _MESSAGES: Final[dict[int, type]] = {
     1: Hello,
@@ -266,6 +341,7 @@ _MESSAGES: Final[dict[int, type]] = {
     4: PlanRefused,
     5: SpanHeld,
     6: Goodbye,
+    7: DebtClosed,
 }
 _HEADERS: Final[dict[int, type]] = {
     65: ContributionHeader,
@@ -273,6 +349,10 @@ _HEADERS: Final[dict[int, type]] = {
     67: OutcomeQuery,
     68: StateQuery,
     69: AssetQuery,
+    70: LoanQuery,
+    71: DebtPush,
+    72: LoanAgain,
+    73: DebtsQuery,
 }
 _TAG_OF: Final[dict[type, int]] = {k: t for t, k in (_MESSAGES | _HEADERS).items()}
 

@@ -14,6 +14,7 @@ from peer.manifest import MODEL_TYPES, Asset, Manifest
 from peer.observe.metrics import Metrics
 from protocols import limits, messages
 from protocols.blocks import BlockRange, BlockReport
+from protocols.loans import Contact, Loan, MixNote
 from protocols.records import PeerRecord
 from tensorcodecs import CODEC_NAMES
 from tests import pages
@@ -103,7 +104,7 @@ def test_plans_outcomes_and_records_are_listed_with_their_fields() -> None:
     parts = rows(section("protocol.md", "Messages"))
     for kind in (
         messages.Plan, messages.Seat, messages.Span, messages.OutcomeHeader, messages.Contributor,
-        BlockReport, BlockRange,
+        BlockReport, BlockRange, MixNote, Loan, Contact,
     ):  # fmt: skip
         assert re.findall(r"`(\w+)`", parts[kind.__name__][0]) == fields_of(kind)
     record = text_of("protocol.md").partition("\n`PeerRecord`: ")[2].partition(";")[0]

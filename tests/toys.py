@@ -11,7 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from peer.train.composite import split
 from peer.train.method import ArrayMap, Contribution, Reducer, StepResult
+from peer.train.mixing import UnitMixer, add_mix
+from peer.train.mixtable import MixTable
 from peer.train.pretrain import MeanReducer
 from tensorcodecs import CHUNK_VALUES, get_codec
 
@@ -52,6 +55,11 @@ class ToyMethod:
         self._common_N = common
         self._tokens = 0
         self._step_s = step_s
+        self._table = MixTable(self.units)
+        self.mixes: MixTable | None = self._table
+        left = range(size, 0, -CHUNK_VALUES)
+        self._sizes = [min(CHUNK_VALUES, rest) for rest in left]
+        self._mixer = UnitMixer(self._sizes, 1, CODEC)
 
     def step(self, batch: torch.Tensor) -> StepResult:
         time.sleep(self._step_s)  # a step's work, so that rounds hold a bounded number of them
@@ -70,24 +78,39 @@ class ToyMethod:
             if not payload:
                 continue
             where = slice(unit * CHUNK_VALUES, (unit + 1) * CHUNK_VALUES)
-            mean = np.zeros_like(self._theta_N[where])
-            CODEC.decode_into(payload, mean)
-            self._theta_N[where] -= mean
-            self._x_N[where] -= mean
-            if mine[unit]:
-                self._x_N[where] += self._pending_N[where]
+            coded, mixes = split(payload)
+            if coded:
+                mean = np.zeros_like(self._theta_N[where])
+                CODEC.decode_into(coded, mean)
+                self._theta_N[where] -= mean
+                self._x_N[where] -= mean
+                if mine[unit]:
+                    self._x_N[where] += self._pending_N[where]
+            for mix in mixes:
+                if self._table.admits(unit, mix.id, mix.until, mix.sign):
+                    d_VU = self._mixer.decode(unit, mix.payload)
+                    add_mix([self._theta_N[where]], d_VU, mix.sign)
+                    add_mix([self._x_N[where]], d_VU, mix.sign)
+                    self._table.add(unit, mix.id, mix.until, mix.sign)
 
     def reducer(self) -> Reducer:
-        left = range(len(self._theta_N), 0, -CHUNK_VALUES)
-        return MeanReducer([min(CHUNK_VALUES, size) for size in left], CODEC)
+        return MeanReducer(self._sizes, CODEC)
+
+    def mixer(self) -> UnitMixer:
+        return self._mixer
+
+    def outer(self, start: int, stop: int) -> list[npt.NDArray[np.float32]]:
+        cuts = [unit * CHUNK_VALUES for unit in range(start, stop)]
+        return [self._theta_N[None, at : at + CHUNK_VALUES].copy() for at in cuts]
 
     def state(self) -> ArrayMap:
-        return {"theta": self._theta_N.copy()}
+        return {"theta": self._theta_N.copy(), "mixes": self._table.array.copy()}
 
     def load_state(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         if arrays["theta"].shape != self._theta_N.shape:
             raise ValueError("another shape")
         self._theta_N[:] = arrays["theta"]
+        self._table.load(arrays["mixes"])
         self._x_N[:] = self._theta_N
 
     def reconcile(self, arrays: Mapping[str, npt.NDArray[Any]], tokens: float, rounds: int) -> None:
@@ -96,7 +119,7 @@ class ToyMethod:
         self._theta_N[:] = arrays["theta"]
 
     def digest(self) -> bytes:
-        return hashlib.sha256(self._theta_N.tobytes()).digest()
+        return hashlib.sha256(self._theta_N.tobytes() + self._table.array.tobytes()).digest()
 
     def inner_state(self) -> ArrayMap:
         return {}

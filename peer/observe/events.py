@@ -106,6 +106,58 @@ class RoundPlanned:
 
 
 @dataclass(frozen=True, slots=True)
+class MixCommitted:
+    """Our group has half of what lies between it and `group` in `units` of the units start..stop-1,
+    and owes the other side the same, with the other sign."""
+
+    mix: str
+    group: str
+    start: int
+    stop: int
+    units: int
+
+
+@dataclass(frozen=True, slots=True)
+class MixReturned:
+    """Our group has taken its side of a mix that `group` began."""
+
+    mix: str
+    group: str
+    start: int
+    stop: int
+    units: int
+
+
+@dataclass(frozen=True, slots=True)
+class MixSettled:
+    """`group` says that it has its side: the mix is done."""
+
+    mix: str
+    group: str
+    units: int
+
+
+@dataclass(frozen=True, slots=True)
+class MixDropped:
+    """A mix with `group` happened on neither side."""
+
+    mix: str
+    group: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class MixLost:
+    """Our group has its side of a mix and `group` never will: in `units` units the two together no
+    longer hold what they held."""
+
+    mix: str
+    group: str
+    units: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class ContributionSent:
     """This peer's work of a round went out (to itself included)."""
 
@@ -337,9 +389,10 @@ class Left:
 
 Event = (
     Started | Notice | ViaAnswered | ViaFailed | GroupChanged | MemberSuspected | PeerRefused
-    | RoundPlanned | CodecChosen | ContributionSent | WorkCarriedOver | RoundFinished
-    | BlocksCounted | BlocksReissued | BlocksLost | DigestsAgreed | DigestDiffered | StateReceived
-    | Reconciled | StateServed | CaughtUp | CheckpointSaved | CheckpointLoaded | Progress
+    | RoundPlanned | CodecChosen | ContributionSent | MixCommitted | MixReturned | MixSettled
+    | MixDropped | MixLost | WorkCarriedOver | RoundFinished | BlocksCounted | BlocksReissued
+    | BlocksLost | DigestsAgreed | DigestDiffered | StateReceived | Reconciled | StateServed
+    | CaughtUp | CheckpointSaved | CheckpointLoaded | Progress
     | DaemonRestarted | Left
 )  # fmt: skip
 

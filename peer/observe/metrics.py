@@ -54,6 +54,8 @@ class Metrics:
         self._refused = self._counter("refused", "Messages of peers that broke the rules")
         self._suspected = self._counter("suspected", "Members that stopped answering")
         self._differed = self._counter("digests_differed", "Rounds after which we had to heal")
+        self._mixes = self._counter("mixes", "Mixes with other groups, done on both sides")
+        self._mixes_lost = self._counter("mixes_lost", "Mixes of which the other side was lost")
         self._restarts = self._counter("daemon_restarts", "Deaths of the network daemon")
         self._blocks = {
             name: self._gauge(f"blocks_{name}", text)
@@ -88,6 +90,10 @@ class Metrics:
                 self._suspected.inc()
             case ev.DigestDiffered():
                 self._differed.inc()
+            case ev.MixSettled() | ev.MixReturned():
+                self._mixes.inc()
+            case ev.MixLost():
+                self._mixes_lost.inc()
             case ev.DaemonRestarted():
                 self._restarts.inc()
             case ev.CheckpointSaved():

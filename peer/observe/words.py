@@ -133,6 +133,12 @@ def _line(event: ev.Event) -> Line | None:
             return Line(
                 "warning", f"round {event.round}: {lost} of the data lost; training goes on"
             )
+        case ev.MixLost():
+            return Line(
+                "warning",
+                f"mix {event.mix[:8]} with {clean(event.group)}: our side is done and theirs never"
+                f" will be ({clean(event.reason)}); training goes on",
+            )
         case ev.DaemonRestarted():
             return Line(
                 "warning",
@@ -164,6 +170,17 @@ def _detail(event: ev.Event) -> Line | None:
             new = sum(b - a for ranges in event.by.values() for a, b in ranges)
             told = account(asdict(event))
             text = f"round {event.round}: {plural(new, 'block')} more trained; {told}"
+        case ev.MixCommitted():
+            text = (
+                f"mix {event.mix[:8]}: took half of what {clean(event.group)} has in"
+                f" {plural(event.units, 'unit')}, and owe it the same"
+            )
+        case ev.MixReturned():
+            text = f"mix {event.mix[:8]}: {clean(event.group)} paid {plural(event.units, 'unit')}"
+        case ev.MixSettled():
+            text = f"mix {event.mix[:8]} with {clean(event.group)} is done on both sides"
+        case ev.MixDropped():
+            text = f"no mix {event.mix[:8]} with {clean(event.group)}: {clean(event.reason)}"
         case ev.BlocksReissued():
             again = plural(sum(b - a for a, b in event.blocks), "block")
             text = (

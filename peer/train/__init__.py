@@ -65,7 +65,8 @@ def build_method(
     for used in (codec, get_codec(MEAN_CODEC)):
         used.encode(np.zeros(1, np.float32))  # compiles or loads its loops before the first round
     inner = Inner(model, manifest.inner, where)
-    return PretrainMethod(inner, manifest.outer, codec, adaptive=adaptive)
+    mixing = manifest.schedule.gossip_every > 0
+    return PretrainMethod(inner, manifest.outer, codec, adaptive=adaptive, mixing=mixing)
 
 
 def build_tokenizer(manifest: Manifest, assets: Path | None = None) -> Tokenizer:

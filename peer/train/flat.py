@@ -19,16 +19,22 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from peer.train.composite import Mix, split
 from peer.train.inner import Float32, Inner
 from peer.train.method import ArrayMap, Reducer, StepResult
+from peer.train.mixing import UnitMixer, add_mix
+from peer.train.mixtable import MixTable
 from peer.train.owed import Owed
 from tensorcodecs import VALUE_ABS_MAX, DecodeError
+
+MIXES: Final = "mixes"
+"""What the state calls the table of mixes."""
 
 UnitCoder = Callable[[int, int, str | None], list[bytes]]
 """The coded bytes of units start..stop-1, in the codec of that name or the method's own."""
@@ -60,6 +66,8 @@ class FlatMethod(ABC):
     units: int
     refused_units = 0
     """Units of outcomes that could not be decoded and so changed nothing, on any peer alike."""
+    mixes: MixTable | None = None
+    """See `Method`; one that mixes sets it, and overrides `mixer`."""
     dropped_work = 0
     """Contributions dropped because they were not finite."""
 
@@ -145,20 +153,60 @@ class FlatMethod(ABC):
                 continue
             where = self._slice(unit)
             old_U = self._theta_N[where].copy()
-            try:
-                self._outer_step(unit, payload)
-            except DecodeError:
-                self.refused_units += 1
-                continue
+            averaged = self._apply_unit(unit, payload)
             shift_U = self._theta_N[where] - old_U
-            if pending is not None and mine[unit] and not pending.counted[unit]:
+            if averaged and pending is not None and mine[unit] and not pending.counted[unit]:
                 shift_U += pending.delta[where]
                 pending.counted[unit] = True
                 self._included(where)
             self.inner.shift(where, shift_U)
 
+    def _apply_unit(self, unit: int, payload: bytes) -> bool:
+        """The mean, then the mixes; whether there was a mean. What can't be decoded changes
+        nothing, on any peer alike."""
+        averaged = False
+        mixes: tuple[Mix, ...] = ()
+        with self._refusing():
+            mean, mixes = split(payload) if self.mixes is not None else (payload, ())
+            if mean:
+                self._outer_step(unit, mean)
+                averaged = True
+        for mix in mixes:
+            with self._refusing():
+                self._mix(unit, mix)
+        return averaged
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        try:
+            yield
+        except DecodeError:
+            self.refused_units += 1
+
+    def _mix(self, unit: int, mix: Mix) -> None:
+        """Add or take away another group's difference, once."""
+        assert self.mixes is not None
+        if self.mixes.admits(unit, mix.id, mix.until, mix.sign):
+            d_VU = self.mixer().decode(unit, mix.payload)
+            where = self._slice(unit)
+            add_mix([values[where] for values in self._mixed()], d_VU, mix.sign)
+            self.mixes.add(unit, mix.id, mix.until, mix.sign)
+
+    def _mixed(self) -> list[Float32]:
+        """The vectors (N,) of the outer state, theta first and the momentum last."""
+        own = sorted(self._outer.items(), key=lambda item: item[0] == "momentum")
+        return [values for _, values in own if len(values) == len(self._theta_N)]
+
+    def mixer(self) -> UnitMixer:
+        raise NotImplementedError("this method does not mix")
+
+    def outer(self, start: int, stop: int) -> list[Float32]:
+        vectors = self._mixed()
+        return [np.stack([v[self._slice(unit)] for v in vectors]) for unit in range(start, stop)]
+
     def state(self) -> ArrayMap:
-        return {name: values.copy() for name, values in self._outer.items()}
+        mixes = {} if self.mixes is None else {MIXES: self.mixes.array.copy()}
+        return {name: values.copy() for name, values in self._outer.items()} | mixes
 
     def load_state(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         self._replace(arrays)
@@ -175,8 +223,9 @@ class FlatMethod(ABC):
 
     def _replace(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """The outer state, all of it or nothing."""
-        if set(arrays) != set(self._outer):
-            raise ValueError(f"a state of {sorted(arrays)}, expected {sorted(self._outer)}")
+        names = {*self._outer, *([] if self.mixes is None else [MIXES])}
+        if set(arrays) != names:
+            raise ValueError(f"a state of {sorted(arrays)}, expected {sorted(names)}")
         for name, own in self._outer.items():
             values = arrays[name]
             if values.shape != own.shape or values.dtype != own.dtype:
@@ -185,6 +234,8 @@ class FlatMethod(ABC):
                 )
             if not sound(values):
                 raise ValueError(f"{name}: holds values that are not finite")
+        if self.mixes is not None:
+            self.mixes.load(arrays[MIXES])
         for name, own in self._outer.items():
             own[:] = arrays[name]
 
@@ -192,6 +243,8 @@ class FlatMethod(ABC):
         sha = hashlib.sha256(self.inner.layout.digest())
         for name in sorted(self._outer):
             sha.update(self._outer[name].data)
+        if self.mixes is not None:
+            sha.update(self.mixes.array.data)
         return sha.digest()
 
     def inner_state(self) -> ArrayMap:

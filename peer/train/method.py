@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from peer.train.mixing import UnitMixer
+from peer.train.mixtable import MixTable
 from tensorcodecs import Reduced
 
 if TYPE_CHECKING:
@@ -72,6 +74,10 @@ class Method(Protocol):
 
     units: int
     """How many units a contribution has; the same on every peer of the run."""
+    mixes: MixTable | None
+    """Which mixes with other groups are in the outer state, of which it is part; None: this method
+    does not mix, and `mixer` and `outer` are never called. Changed by `apply` and `load_state`
+    only; others may look at it meanwhile."""
 
     def step(self, batch: torch.Tensor) -> StepResult:
         """One inner step on `batch`: (B, T) int64 token ids. Moves it to the device itself."""
@@ -80,7 +86,8 @@ class Method(Protocol):
         """Freeze the work since the last one and remember where it ended. Training goes on."""
 
     def apply(self, outcome: Sequence[bytes], mine: npt.NDArray[np.bool_]) -> None:
-        """Apply one round: a coded payload per unit (b"" = no change), to the outer state.
+        """Apply one round: a coded payload per unit (b"" = no change), to the outer state. Where
+        the method mixes, one may be a mean with mixes beside it (`peer.train.composite`).
 
         `mine[unit]` says whether this peer's last contribution is inside that unit's mean. Local
         progress made since the contribution was frozen is kept; where `mine` is False the frozen
@@ -89,6 +96,14 @@ class Method(Protocol):
 
     def reducer(self) -> Reducer:
         """How this method's contributions are averaged. It is used in the codec thread."""
+
+    def mixer(self) -> UnitMixer:
+        """How this method's outer state is mixed with another group's. Used in the codec thread."""
+
+    def outer(self, start: int, stop: int) -> list[npt.NDArray[np.float32]]:
+        """Copies of the outer state of units start..stop-1, each (V, U), parameters first, what
+        tells a step's typical size (the momentum) last. From any thread: one that is just being
+        changed may be half old and half new, which is near enough for a mix."""
 
     def state(self) -> ArrayMap:
         """The outer state, the same on every peer: copies, safe to keep. Names are stable."""

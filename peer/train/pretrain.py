@@ -19,6 +19,8 @@ from peer.manifest import OuterSpec
 from peer.train.flat import FlatMethod, UnitCoder, sound
 from peer.train.inner import Float32, Inner, save_model
 from peer.train.method import ArrayMap, Reducer
+from peer.train.mixing import UnitMixer
+from peer.train.mixtable import MixTable
 from peer.train.outer import DelayedNesterov, Nesterov, Outer
 from tensorcodecs import CHUNK_VALUES, Codec, Reduced, codec_of, get_codec, reduce_unit
 from tensorcodecs.feedback import decay_of, encode_with_feedback
@@ -52,9 +54,11 @@ class PretrainMethod(FlatMethod):
     """Trains all parameters. Memory beside `Inner`'s: 12 bytes per parameter on the CPU."""
 
     def __init__(
-        self, inner: Inner, outer: OuterSpec, codec: Codec, *, adaptive: bool = False
-    ) -> None:
-        """`adaptive`: each link may code contributions otherwise, as its bandwidth allows."""
+        self, inner: Inner, outer: OuterSpec, codec: Codec, *, adaptive: bool = False,
+        mixing: bool = False,
+    ) -> None:  # fmt: skip
+        """`adaptive`: each link may code contributions otherwise, as its bandwidth allows.
+        `mixing`: the state remembers mixes with other groups."""
         layout = inner.layout
         largest = max(layout.unit_sizes(), default=0)
         if outer.asynchronous:
@@ -73,9 +77,14 @@ class PretrainMethod(FlatMethod):
         self._residual_N = np.zeros(kept, np.float32)
         self._next_residual_N = self._residual_N
         self._mean = np.empty(CHUNK_VALUES, np.float32)
+        self.mixes = MixTable(self.units) if mixing else None
+        self._mixer = UnitMixer(layout.unit_sizes(), len(self._mixed()), self._mean_codec)
 
     def reducer(self) -> Reducer:
         return MeanReducer(self.inner.layout.unit_sizes(), self._mean_codec)
+
+    def mixer(self) -> UnitMixer:
+        return self._mixer
 
     def export(self, folder: str) -> None:
         with self.outer_model() as model:

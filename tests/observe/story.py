@@ -52,6 +52,11 @@ LIFE: list[ev.Event] = [
     ev.BlocksCounted("site:a", 41, {ME: [(0, 3), (7, 9)]}, {}, 80, 2, 1, 5, 1, 0, 7, 9, 2, 70),
     ev.BlocksReissued(41, BOB, [(70, 75)], "left"),
     ev.BlocksLost(41, [(3, 4)]),
+    ev.MixCommitted("00ab" * 4, "site:b", 0, 8, 8),
+    ev.MixReturned("00ac" * 4, "site:b", 8, 16, 8),
+    ev.MixSettled("00ab" * 4, "site:b", 8),
+    ev.MixDropped("00ad" * 4, "site:b", "no average took it in time"),
+    ev.MixLost("00ae" * 4, "site:b", 8, "the other group refuses it"),
     ev.Left("Ctrl-C"),
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import random
 import types
@@ -13,8 +14,9 @@ from protocols import limits, messages, schema
 from protocols.blocks import BlockRange, BlockReport
 from protocols.coordinates import Coordinate
 from protocols.identity import Signer
+from protocols.loans import MixNote
 from protocols.messages import Contributor, OutcomeHeader, Seat
-from protocols.records import PeerRecord
+from protocols.records import PeerRecord, Signed
 from protocols.schema import Exactly, Max
 from protocols.types import GroupName, PeerId, RunId
 
@@ -93,7 +95,10 @@ def sample(hint: Any, rng: random.Random) -> Any:
 
 def _dataclass(kind: type[Any], rng: random.Random) -> Any:
     hints = typing.get_type_hints(kind, include_extras=True)
-    return kind(*(sample(hints[f.name], rng) for f in dataclasses.fields(kind)))
+    for _ in range(1000):  # some have rules that span their fields
+        with contextlib.suppress(ValueError):
+            return kind(*(sample(hints[f.name], rng) for f in dataclasses.fields(kind)))
+    raise AssertionError(f"no {kind.__name__} in a thousand tries")
 
 
 def _outcome_header(rng: random.Random) -> OutcomeHeader:
@@ -112,6 +117,10 @@ def _outcome_header(rng: random.Random) -> OutcomeHeader:
         RUN, GROUP, rng.randint(0, 2**48), rng.randint(0, 2**48), rng.randint(0, 16), start,
         start + units, contributors, rng.randbytes(32), rng.randint(0, 2**48), rng.uniform(0, 60),
         rng.choice([b"", rng.randbytes(32)]),
+        tuple(
+            MixNote(sample(Signed, rng), start + i, start + i + 1, rng.randbytes(32))
+            for i in range(rng.randint(0, min(3, units)))
+        ),
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from peer.manifest import (
     MethodSpec,
     ModelSpec,
     OuterSpec,
+    ScheduleSpec,
 )
 from peer.train import build_method
 from peer.train.flat import FlatMethod, FrozenWork
@@ -47,6 +48,7 @@ def manifest(
         inner=InnerSpec(lr=1e-2, warmup_steps=2, batch_size=4),
         outer=OuterSpec(lr=lr, momentum=momentum),
         codec=CodecSpec(name=codec),
+        schedule=ScheduleSpec(gossip_every=0 if kind == "lora" else 4),
     )
 
 
