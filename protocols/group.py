@@ -190,6 +190,9 @@ class GroupMachine:
                     return [Suspected(peer, reason)]
                 self._company.undelivered(peer, now_s)
             case RecordSeen(record):
+                known = here.members.get(record.peer)
+                # Records are read again and again: one that says nothing new calls for nothing.
+                self._idle = known is not None and known.record == record and not known.suspected
                 return self._company.record_seen(record, now_s)
             case RecordIssued():
                 return self._company.record_issued(event, now_s)

@@ -60,7 +60,7 @@ def figures(record: Record) -> Figures:
         utilisation=sum(tally.trained_s for tally in record.tallies) / alive_s,
         throughput=sum(fact.tokens for fact in record.rounds) / possible,
         participation=inside / members if members else math.nan,
-        exchange_s=_median(record.exchange_s),
+        exchange_s=_median([seconds for _, _, seconds in record.exchanges]),
         calls_per_min=60 * sum(tally.calls for tally in record.tallies) / alive_s,
         dht_reads_per_round=sum(tally.dht_reads for tally in record.tallies) / max(1, applied),
         faults=len(scenario.faults),

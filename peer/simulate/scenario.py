@@ -197,7 +197,7 @@ def draw(
     )
     # A model as large as these lines can carry in time, or a tenth of that.
     share = rng.choice((0.01, 0.1, 0.1))
-    whole_bytes = share * bare.exchange_s * bare.slowest_bps() / 8
+    whole_bytes = share * min(bare.round_s, bare.exchange_s) * bare.slowest_bps() / 8
     unit_bytes = max(200, int(whole_bytes / bare.units))
     return replace(bare, load=Load(unit_bytes=unit_bytes, state_bytes=8 * unit_bytes * bare.units))
 

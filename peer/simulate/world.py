@@ -60,7 +60,8 @@ class Record:
     events: int
     violations: list[Violation]
     rounds: list[RoundFact]
-    exchange_s: list[float]
+    exchanges: list[tuple[float, int, float]]
+    """(when, peer, seconds from contributions due to round applied)."""
     tallies: list[Tally]
     sample_s: float
     lanes: list[bytes]
@@ -333,7 +334,7 @@ class World:
             events=self._events,
             violations=self.judge.violations,
             rounds=self.judge.rounds,
-            exchange_s=self.judge.exchange_s,
+            exchanges=self.judge.exchanges,
             tallies=tallies,
             sample_s=self.sample_s,
             lanes=[bytes(lane) for lane in self._lanes],

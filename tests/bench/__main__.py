@@ -1,4 +1,5 @@
-"""`python -m tests.bench [NAME] [--part PART] [--format json] [--quick] [--seed N] [--save]`.
+"""`python -m tests.bench [NAME] [--part PART] [--scenarios N] [--format json] [--quick] [--seed N]
+[--save]`.
 
 Exit codes: 0 every bar holds, 1 a bar falls short, 2 no such measurement (or a wrong flag), 3 it
 could not be measured, 130 interrupted. Progress goes to stderr, the result to stdout.
@@ -7,6 +8,7 @@ could not be measured, 130 interrupted. Progress goes to stderr, the result to s
 from __future__ import annotations
 
 import argparse
+import inspect
 import secrets
 import signal
 import sys
@@ -43,13 +45,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     measurement, title = registry.load(options.name), registry.title(options.name)
     seed = secrets.randbits(32) if options.seed is None else options.seed
     command = f"python -m tests.bench {options.name} --seed {seed}"
+    command += f" --scenarios {options.scenarios}" if options.scenarios is not None else ""
     command += " --quick" * options.quick or " --save" * options.save
     errors.print(command, soft_wrap=True)
+    extra = {} if options.scenarios is None else {"scenarios": options.scenarios}
+    if extra and "scenarios" not in inspect.signature(measurement.run).parameters:
+        parser.error(f"{options.name} has no --scenarios")
     facts = machine.describe()
     try:
         with _politely_terminated():
             result = measurement.run(
-                options.quick, seed, lambda line: errors.print(line, markup=False, soft_wrap=True)
+                options.quick,
+                seed,
+                lambda line: errors.print(line, markup=False, soft_wrap=True),
+                **extra,
             )
     except BenchError as error:
         print(f"Could not measure {options.name}: {error}", file=sys.stderr)
@@ -80,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--format", choices=["table", "json"], default="table")
     parser.add_argument("--quick", action="store_true", help="small and rough: does it work?")
     parser.add_argument("--seed", type=int, help="default: a fresh one, which is printed")
+    parser.add_argument("--scenarios", type=int, help="storm: how many random ones")
     parser.add_argument("--save", action="store_true", help="write docs/results/NAME.md")
     return parser
 

@@ -15,6 +15,8 @@ MEASUREMENTS: Final[dict[str, str]] = {
     "learning-tuning": "tests.bench.learning_tuning",
     "parity": "tests.bench.parity",
     "plane": "tests.bench.plane",
+    "scale": "tests.bench.scale",
+    "storm": "tests.bench.storm",
     "wire": "tests.bench.wire",
 }
 
