@@ -20,7 +20,7 @@ from peer.train.pretrain import PretrainMethod
 from tensorcodecs import get_codec
 from tests.bench import learning_groups, learning_tuning, machine
 from tests.bench.kept import Kept, run_all
-from tests.bench.learning_groups import GOSSIP_EVERY, INNER_LR, QUICK, QUICK_H
+from tests.bench.learning_groups import INNER_LR, QUICK, QUICK_H
 from tests.bench.mixing import Crossing, Difference, Gossip, Group, apart, pairs
 from tests.bench.result import BenchError, Progress
 from tests.bench.stacked import Seat, Stack
@@ -207,14 +207,14 @@ def test_everybody_has_samples_of_his_own_and_sites_their_own_files() -> None:
 
 
 def test_a_trial_is_repeatable_and_groups_that_mix_are_nearer() -> None:
-    mixing = replace(learning_groups.in_rounds(PLAIN, "gossip", QUICK_H), gossip_every=1)
-    alone = learning_groups.in_rounds(PLAIN, "none", QUICK_H)
+    mixing = replace(learning_groups.in_rounds(PLAIN, "gossip", "groups", QUICK_H), gossip_every=1)
+    alone = learning_groups.in_rounds(PLAIN, "none", "groups", QUICK_H)
     first, again, apart_ = train(mixing), train(mixing), train(alone)
     assert replace(first, seconds=0) == replace(again, seconds=0)
     assert first.apart < apart_.apart / 1.5
     assert first.loss < first.curve[0][1]
     assert crossed(alone, apart_) == 0
-    flat = learning_groups.in_rounds(PLAIN, "flat", QUICK_H)
+    flat = learning_groups.in_rounds(PLAIN, "flat", "flat", QUICK_H)
     assert crossed(flat, train(flat)) > 10 * first.parameters
 
 
@@ -262,9 +262,11 @@ def test_the_table_compares_every_row_with_flat_diloco_of_its_kind(
     assert len({tuple(row) for row in result.rows}) == 1
     by_way = {row["way"]: row for row in result.rows if row["inner lr"] == f"{INNER_LR:g}"}
     assert by_way["groups + gossip, q4"]["/ flat"] == f"{2.02 / 2.01:.4f}"
-    near = [row for row in result.rows if row["mix every"] not in ("-", f"{GOSSIP_EVERY} rounds")]
-    assert [(row["H"], row["mix every"]) for row in near] == [("5", "15 rounds")]
-    assert len(result.bars) == 2 * (3 + 1)
+    near = [row["mix every"] for row in result.rows if row["H"] == "5"]
+    assert [every for every in near if every != "-"] == [
+        f"{rounds} rounds" for rounds in (6, 15, 60, 15, 15, 15)
+    ]
+    assert len(result.bars) == 2 * (3 + 3 + 1)
     assert all(bar.holds for bar in result.bars if "bytes" in bar.bar)
     picture = (tmp_path / "docs" / "results" / "learning-groups.svg").read_text()
     assert "flat DiLoCo, fp32" in picture
@@ -276,7 +278,7 @@ def test_tuning_shows_the_whole_grid_and_judges_what_is_in_use(
     monkeypatch.setattr(learning_tuning, "run_all", in_process)
     monkeypatch.setattr(machine, "ROOT", tmp_path)
     result = learning_tuning.run(False, 1, lambda _: None)
-    assert len(result.rows) == 2 * 3 * 2
-    assert [bar.holds for bar in result.bars] == [True] * 6
+    assert len(result.rows) == 3 * 3 * 2
+    assert [bar.holds for bar in result.bars] == [True] * 9
     used = [cell for row in result.rows for cell in row.values() if str(cell).endswith("*")]
-    assert len(used) == 2 * 3
+    assert len(used) == 3 * 3

@@ -2,7 +2,8 @@
 
 16 peers at 4 sites train one small language model (`trial`): everybody's gradient in every step
 (DDP); one group of all 16 that averages pseudo-gradients in float32 (flat DiLoCo); and the
-product's way, a group at each site and gossip between them, all in q4. Bytes are those that cross
+product's way, a group at each site and gossip between them, all in q4: with rounds as long as flat
+DiLoCo's, and with short ones, since what groups send inside crosses no border. Bytes are those
 between sites. Flat DiLoCo is credited with the cheapest all-reduce there is, and with its float32
 coded without loss (`mixing.Crossing.ring`): any real one sends more.
 
@@ -27,13 +28,15 @@ from tests.bench.trial import PEERS, SITES, WAYS, Outcome, Size, Trial, crossed
 INNER_LR: Final = 1e-3
 """`InnerSpec`'s default."""
 GOSSIP_EVERY: Final = 3
-"""Rounds: as often as a tenth of flat DiLoCo's bytes allows."""
+"""Of flat DiLoCo's rounds: as often as a tenth of its bytes allows."""
 OUTER: Final[Mapping[str, Mapping[int, tuple[float, float]]]] = {
     "flat": {10: (1.0, 0.5), 25: (1.0, 0.5), 100: (0.7, 0.9)},
-    "groups": {10: (1.0, 0.5), 25: (1.0, 0.5), 100: (0.7, 0.9)},
+    "groups": {10: (1.0, 0.0), 25: (1.0, 0.0), 100: (1.0, 0.5)},
+    "near": {10: (1.0, 0.0), 25: (1.0, 0.0), 100: (1.0, 0.0)},
 }
-"""Outer rate and momentum by H, for one group of all and for groups at sites. `learning --part
-tuning` tries a grid around them, and says for each whether it is the best there."""
+"""Outer rate and momentum by H, for one group of all, for groups at sites with rounds of H steps,
+and for groups with rounds of `NEAR` steps. `learning --part tuning` tries a grid around them, and
+says for each whether it is the best there."""
 HS: Final = tuple(OUTER["flat"])
 
 QUICK: Final = Size(
@@ -45,7 +48,9 @@ QUICK_H: Final = 5
 _SEEDS: Final = 3
 _MIDDLE: Final = 25  # the H at which everything else is looked at
 _HOT_LR: Final = 3e-3
-_NEAR: Final = 5
+NEAR: Final = 5
+"""Steps in a round inside a group whose peers are near."""
+_KINDS: Final = (("flat", "flat"), ("gossip", "groups"), ("gossip", "near"))
 _LOSS_RATIO_MAX: Final = 1.01
 _BYTES_RATIO_MAX: Final = 0.1
 _PICTURE: Final = "learning-groups.svg"
@@ -63,36 +68,27 @@ def trials(seed: int, size: Size, hs: Sequence[int]) -> list[Trial]:
     plain = Trial(way="ddp", seed=seed, inner_lr=INNER_LR, size=size)
     found = [plain]
     for h in hs:
-        found += [in_rounds(plain, way, h) for way in ("flat", "gossip")]
-    found += [in_rounds(plain, way, middle) for way in ("lossy", "none")]
-    near = in_rounds(plain, "gossip", middle)
-    found.append(
-        replace(near, h=_NEAR, gossip_every=near.gossip_every * middle // _NEAR)
-        if middle % _NEAR == 0 and middle > _NEAR
-        else near
-    )
-    by_site = replace(plain, shards="sites")
-    found += [in_rounds(by_site, way, middle) for way in ("flat", "gossip", "none")]
-    hot = replace(plain, inner_lr=_HOT_LR)
-    found += [hot, *(in_rounds(hot, way, middle) for way in ("flat", "gossip", "none"))]
+        found += [in_rounds(plain, *kind, h) for kind in _KINDS]
+    found += [in_rounds(plain, way, "near", middle) for way in ("lossy", "none")]
+    for other in (replace(plain, shards="sites"), replace(plain, inner_lr=_HOT_LR)):
+        found += [other] * (other.shards == "iid")
+        found += [in_rounds(other, *kind, middle) for kind in _KINDS]
+        found.append(in_rounds(other, "none", "near", middle))
     return list(dict.fromkeys(found))
 
 
-def in_rounds(plain: Trial, way: str, h: int) -> Trial:
-    """`plain` in rounds of `h` steps, with the settings in use."""
-    outer = OUTER[kind_of(way)]
-    lr, momentum = outer.get(h, outer[_MIDDLE])
-    mixes = 0 if way in ("flat", "none") else GOSSIP_EVERY
-    return replace(plain, way=way, h=h, outer_lr=lr, momentum=momentum, gossip_every=mixes)
-
-
-def kind_of(way: str) -> str:
-    """Which of `OUTER`'s settings are for `way`."""
-    return "flat" if way == "flat" else "groups"
+def in_rounds(plain: Trial, way: str, kind: str, h: int) -> Trial:
+    """`plain` with exchanges between sites as often as flat DiLoCo with rounds of `h` steps has
+    them, or every third of them if groups gossip. `kind`: a key of `OUTER`, whose settings it gets.
+    """
+    lr, momentum = OUTER[kind].get(h, OUTER[kind][_MIDDLE])
+    steps = NEAR if kind == "near" else h
+    mixes = 0 if way in ("flat", "none") else GOSSIP_EVERY * h // steps
+    return replace(plain, way=way, h=steps, outer_lr=lr, momentum=momentum, gossip_every=mixes)
 
 
 def run(quick: bool, seed: int, progress: Progress) -> Result:
-    """See `registry.Measurement`. A quarter of an hour on two idle cores; quick: seconds."""
+    """See `registry.Measurement`. Twenty minutes on two idle cores; quick: seconds."""
     size, hs = (QUICK, (QUICK_H,)) if quick else (Size(), HS)
     name = "learning-groups-quick" if quick else "learning-groups"
     kept = Kept(machine.ROOT / ".bench" / name)
@@ -111,17 +107,17 @@ def run(quick: bool, seed: int, progress: Progress) -> Result:
     return Result([_row(row, table) for row in rows], _bars(table), notes)
 
 
-def _rival(trial: Trial, table: Table, way: str) -> Sequence[Outcome]:
-    """The outcomes of `way` under the same conditions."""
+def _rival(trial: Trial, table: Table, way: str) -> Trial:
+    """The row of `way` under the same conditions."""
     wanted = (way, trial.shards, trial.inner_lr)
     fitting = [row for row in table if (row.way, row.shards, row.inner_lr) == wanted]
-    h = trial.h * trial.gossip_every // GOSSIP_EVERY if trial.gossip_every else trial.h
-    return table[next(row for row in fitting if row.h in (h, 0))]
+    h = trial.h * trial.gossip_every // GOSSIP_EVERY if trial.gossip_every else _MIDDLE
+    return next((row for row in fitting if row.h == h), fitting[0])
 
 
 def _ratios(trial: Trial, table: Table) -> list[float]:
     """Loss by loss / flat DiLoCo's with the same seed."""
-    flat = _rival(trial, table, "flat")
+    flat = table[_rival(trial, table, "flat")]
     return [mine.loss / its.loss for mine, its in zip(table[trial], flat, strict=True)]
 
 
@@ -145,7 +141,7 @@ def _row(trial: Trial, table: Table) -> dict[str, Cell]:
         "bytes / flat": "-",
     }
     if trial.shards == "iid" and trial.h:
-        ddp = fmean(one.loss for one in _rival(trial, table, "ddp"))
+        ddp = fmean(one.loss for one in table[_rival(trial, table, "ddp")])
         row["/ DDP"] = f"{fmean(losses) / ddp:.3f}"
     if trial.h and trial.way != "flat":
         row["/ flat"] = f"{fmean(_ratios(trial, table)):.4f}"
@@ -154,8 +150,8 @@ def _row(trial: Trial, table: Table) -> dict[str, Cell]:
 
 
 def _bytes_ratio(trial: Trial, table: Table) -> float:
-    flat_trial = next(row for row in table if table[row] is _rival(trial, table, "flat"))
-    flat = fmean(crossed(flat_trial, one) for one in table[flat_trial])
+    rival = _rival(trial, table, "flat")
+    flat = fmean(crossed(rival, one) for one in table[rival])
     return fmean(crossed(trial, one) for one in table[trial]) / flat
 
 
@@ -164,9 +160,8 @@ def _bars(table: Table) -> list[Bar]:
     for row in table:
         if row.way not in ("gossip", "lossy") or row.shards != "iid" or row.inner_lr != INNER_LR:
             continue
-        name = f"learning: {WAYS[row.way].title}, H = {row.h}"
-        if row.gossip_every != GOSSIP_EVERY:
-            continue
+        h = _rival(row, table, "flat").h
+        name = f"learning: {WAYS[row.way].title}, rounds of {row.h}, against H = {h}"
         ratios = _ratios(row, table)
         each = ", ".join(f"{ratio:.4f}" for ratio in ratios)
         found += [
@@ -231,7 +226,9 @@ def draw(table: Table) -> str:
     highest, lowest, steps = 0.0, 9.0, 0
     for row, outcomes in table.items():
         usual = (row.shards, row.inner_lr) == ("iid", INNER_LR)
-        if not usual or row.h not in (0, _MIDDLE):
+        if not usual or (row.way != "ddp" and _rival(row, table, "flat").h != _MIDDLE):
+            continue
+        if row.way == "flat" and row.h != _MIDDLE:
             continue
         curves = zip(*(one.curve for one in outcomes), strict=True)
         points = [(float(looks[0][0]), fmean(loss for _, loss in looks)) for looks in curves]
@@ -240,8 +237,9 @@ def draw(table: Table) -> str:
         steps = row.size.steps
         series.append(
             svg.Series(
-                WAYS[row.way].title, points, _COLOURS[row.way], line=True,
-                dashed=row.way in ("lossy", "none"),
+                WAYS[row.way].title + f", rounds of {row.h}" * bool(row.h), points,
+                _COLOURS[row.way], line=True, dots=False,
+                dashed=row.way == "gossip" and row.h == _MIDDLE,
             )
         )  # fmt: skip
     top, bottom = round(highest + 0.05, 1), round(lowest - 0.05, 1)
