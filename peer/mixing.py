@@ -344,7 +344,8 @@ class Mixing:
         try:
             far, ratios = await self._differ(mix, loan, lent)
             if far:
-                lent = await self._look_again(signed, loan, to, far[: limits.EXACT_UNITS_MAX])
+                some = sorted(far)[: limits.EXACT_UNITS_MAX]
+                lent = await self._look_again(signed, loan, to, some)
                 ratios += (await self._differ(mix, loan, lent))[1]
         except BaseException:
             self.riding.payloads.pop(mix, None)

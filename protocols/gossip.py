@@ -91,7 +91,9 @@ class GossipConfig:
 
     @property
     def count(self) -> int:
-        return max(1, min(self.slots, self.units))
+        """How many slots there are."""
+        least = -(-self.units // limits.SLOT_UNITS_MAX)
+        return max(1, least, min(self.slots, self.units))
 
 
 @dataclass(slots=True)

@@ -62,6 +62,7 @@ LEDGER_WINDOW_BLOCKS_MIN: Final = 2**14  # small data: some hundred rounds' wort
 
 # ── gossip between groups ────────────────────────────────────────────────────────────────
 GOSSIP_SLOTS_MAX: Final = AGGREGATORS_MAX
+SLOT_UNITS_MAX: Final = 2**19  # a mask of them is 64 KiB; larger layouts get more slots
 CONTACTS_MAX: Final = 4  # of a lending group in a loan: three may vanish while it is unsettled
 CONTACT_ADDRESSES_MAX: Final = 2
 LOAN_BYTES_MAX: Final = 3 * 2**10  # four contacts with two addresses of the longest kind

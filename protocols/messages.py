@@ -7,6 +7,7 @@ a bulk stream. Plans and outcomes are `Signed`, because others than their author
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, Final, TypeVar
 
 from protocols import limits
@@ -308,8 +309,12 @@ class DebtPush:
 
     run: RunIdField
     loan: Signed
-    units: Annotated[bytes, Max(limits.SPAN_MASK_BYTES_MAX)]
+    units: Annotated[bytes, Max(limits.SLOT_UNITS_MAX // 8)]
     """Bit i (least significant first): for unit loan.start + i."""
+
+    def __post_init__(self) -> None:
+        if len(self.loan.body) > limits.LOAN_BYTES_MAX:
+            raise ValueError("a loan that is too long")
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,6 +324,12 @@ class LoanAgain:
     run: RunIdField
     loan: Signed
     units: Annotated[tuple[Unit, ...], Max(limits.EXACT_UNITS_MAX)]
+
+    def __post_init__(self) -> None:
+        if len(self.loan.body) > limits.LOAN_BYTES_MAX:
+            raise ValueError("a loan that is too long")
+        if any(a >= b for a, b in pairwise(self.units)):
+            raise ValueError("units that are out of order, or there twice")
 
 
 @dataclass(frozen=True, slots=True)
