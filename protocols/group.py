@@ -13,6 +13,7 @@ time is run. Its promises:
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from protocols.catching_up import CatchingUp
 from protocols.company import Company
@@ -191,8 +192,18 @@ class GroupMachine:
                 self._company.undelivered(peer, now_s)
             case RecordSeen(record):
                 known = here.members.get(record.peer)
-                # Records are read again and again: one that says nothing new calls for nothing.
-                self._idle = known is not None and known.record == record and not known.suspected
+                # Records are read and renewed again and again: most say nothing new.
+                self._idle = (
+                    known is not None
+                    and not known.suspected
+                    and replace(
+                        record,
+                        round=known.record.round,
+                        issued_ms=known.record.issued_ms,
+                        expires_ms=known.record.expires_ms,
+                    )
+                    == known.record
+                )
                 return self._company.record_seen(record, now_s)
             case RecordIssued():
                 return self._company.record_issued(event, now_s)
