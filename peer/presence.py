@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import random
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
@@ -18,12 +19,16 @@ from peer.clock import SYSTEM, Clock
 from peer.driver import Driver
 from peer.observe import events as ev
 from protocols import limits
+from protocols.cells import rank
 from protocols.events import RecordIssued, RecordSeen, StateReady
 from protocols.records import PeerRecord, sign_record
 from protocols.types import RunId
 
 MEMBERS_READ_S: Final = 2.0  # while there is nobody, and ...
-MEMBERS_READ_S_MAX: Final = 15.0  # ... once there is company
+MEMBERS_READ_S_MAX: Final = 60.0  # ... longer and longer once there is company
+STRANGERS_EVERY: Final = 4  # reads of our neighbourhood to one of groups anywhere: far round trips
+# hold the map of coordinates together
+STRANGERS: Final = 2
 UPLOAD_KBPS_UNKNOWN: Final = 100_000  # what an unmeasured, unlimited line counts for in elections
 STATE_LOOK_S: Final = 1.0
 STATE_TOLD_S: Final = 30.0
@@ -66,6 +71,8 @@ class Presence:
         self._clock = clock
         self._rng = rng or random.Random()
         self._publish = asyncio.Event()
+        self._record: PeerRecord | None = None
+        self._is_contact = False
         driver.publish = self._publish.set
 
     def works(self) -> dict[str, Callable[[], Coroutine[Any, Any, None]]]:
@@ -82,6 +89,7 @@ class Presence:
         config, driver = self._config, self._driver
         now_ms = int(self._clock.time() * 1000)
         budget_bps = config.upload_bps
+        live = self._machine.live_members(self._clock.monotonic())
         record = PeerRecord(
             driver.signer.peer_id,
             config.run,
@@ -94,7 +102,11 @@ class Presence:
             config.founded_ms,
             now_ms,
             now_ms + int(limits.RECORD_TTL_S * 1000),
+            min(len(live), limits.COMPANY_MAX) if self._machine.group else 0,
+            self._machine.coordinate,
         )
+        self._record = record
+        self._is_contact = driver.signer.peer_id in sorted(live, key=rank)[: limits.GROUP_CONTACTS]
         signed = sign_record(driver.signer, record)
         driver.feed(RecordIssued(signed, record))
         return signed
@@ -105,7 +117,8 @@ class Presence:
         announced = False
         while True:
             self._publish.clear()
-            stored = await self._directory.publish_record(self.issue_record())
+            signed = self.issue_record()
+            stored = await self._directory.publish_record(signed, contact=self._is_contact)
             if self._machine.ready and not announced:
                 announced = await self._directory.publish_manifest(
                     config.run, config.manifest, config.name
@@ -118,19 +131,34 @@ class Presence:
 
     # ── the others ───────────────────────────────────────────────────────────────────────
     async def keep_members(self) -> None:
-        """Read the members' records: often while there is nobody, seldom with company."""
+        """Read our neighbours' records: often while there is nobody, seldom with company."""
         remember = getattr(self._driver.transport, "remember", None)
         wait_s = MEMBERS_READ_S
-        while True:
-            for record in await self._directory.members(self._config.run):
+        stood = None
+        for turn in itertools.count():
+            for record in await self._neighbours(turn):
                 if record.peer == self._machine.me:
                     continue
                 if remember is not None:
                     remember(record.peer, record.addresses)
                 self._driver.feed(RecordSeen(record))
+            # A new place, or a new group, has other neighbours.
+            stands = (self._machine.group, self._machine.coordinate is None)
             company = len(self._machine.members.everybody()) > 0
-            wait_s = min(MEMBERS_READ_S_MAX, wait_s * 1.3) if company else MEMBERS_READ_S
+            wait_s = min(MEMBERS_READ_S_MAX, wait_s * 1.3)
+            if not company or stands != stood:
+                wait_s, stood = MEMBERS_READ_S, stands
             await asyncio.sleep(wait_s * self._rng.uniform(0.8, 1.2))
+
+    async def _neighbours(self, turn: int) -> list[PeerRecord]:
+        """Those whom a peer in our place should know, and now and then somebody far away."""
+        if self._record is None:
+            return await self._directory.members(self._config.run)
+        found = await self._directory.nearby(self._record)
+        if turn % STRANGERS_EVERY == 0:
+            drawn = await self._directory.random_groups(self._config.run, STRANGERS)
+            found += [notice.contacts[0] for notice in drawn]
+        return found
 
     # ── the state ────────────────────────────────────────────────────────────────────────
     async def wait_for_state(self) -> None:

@@ -70,9 +70,14 @@ class Company:
         returned = (
             known is not None and known.suspected and record.issued_ms > known.record.issued_ms
         )
-        if here.members.saw(record, now_s) or returned:
-            return self.greet(record.peer, now_s, answer=True)
-        return []
+        fresh = here.members.saw(record, now_s)
+        if not fresh and not returned:
+            return []
+        # Who has company needs no stranger's answer at once: it measures them in turn.
+        ours = record.group == here.group or record.site == here.config.site != ""
+        if not ours and not returned and here.group and here.members.live(here.group, now_s):
+            return []
+        return self.greet(record.peer, now_s, answer=True)
 
     def record_issued(self, event: RecordIssued, now_s: float) -> list[Effect]:
         here = self._here
@@ -98,7 +103,7 @@ class Company:
             here.record.signed,
             here.round,
             here.digest,
-            here.ready,
+            here.ready and not here.visiting,
             answer,
             self._next_ms(now_s),
         )
@@ -154,7 +159,8 @@ class Company:
         soon_s = self._beat_s + limits.HEARTBEAT_S
         here = self._here
         current = here.current
-        if not here.ready or here.pending is not None or current is None or not current.training:
+        unready = not here.ready or here.visiting
+        if unready or here.pending is not None or current is None or not current.training:
             return soon_s
         if here.agreed < here.round and now_s - here.moved_s < CALM_S:
             return soon_s
@@ -177,7 +183,7 @@ class Company:
             here.epoch,
             here.round,
             here.digest,
-            here.ready,
+            here.ready and not here.visiting,
             self._next_ms(now_s),
         )
         effects: list[Effect] = []

@@ -109,7 +109,7 @@ def fit(me: PeerId, start: Coordinate, trips: Sequence[RoundTrip]) -> Coordinate
     """Where a newcomer stands: its first round trips again and again, until they agree.
 
     Without it a peer would spend minutes at places where it is not, and call on the wrong
-    neighbours. The error that comes out is never below that of those it was measured against.
+    neighbours. The error that comes out is at least one part in as many as there are samples.
     """
     if not trips:
         return start
@@ -118,8 +118,7 @@ def fit(me: PeerId, start: Coordinate, trips: Sequence[RoundTrip]) -> Coordinate
         for trip in trips:
             found = update(me, found, trip)
     # Repeating a few samples proves nothing; with few of them the point is not determined.
-    least = max(min(t.coordinate.error for t in trips), 1.0 / (1 + len(trips)))
-    error = max(found.error, min(least, 1.0))
+    error = max(found.error, 1.0 / (1 + len(trips)))
     return Coordinate(found.x_s, found.y_s, found.z_s, found.height_s, error)
 
 

@@ -53,7 +53,7 @@ class Following:
         if refusal:
             no = PlanRefused(plan.run, plan.group, plan.epoch, here.epoch, refusal)
             return [Send(sender, no)]
-        if not here.ready or plan.round > here.round:
+        if not here.ready or here.visiting or plan.round > here.round:
             if here.pending is None or plan.epoch >= here.pending[0].epoch:
                 here.pending = (plan, sender, now_s)
             here.epoch = max(here.epoch, plan.epoch)
@@ -81,7 +81,12 @@ class Following:
                 return f"round {plan.round} is cut otherwise"
         if plan.round < here.round:
             return f"round {here.round} is where we stand"
-        if here.ready and plan.round == here.round and plan.digest != here.digest:
+        if (
+            here.ready
+            and not here.visiting
+            and plan.round == here.round
+            and plan.digest != here.digest
+        ):
             return "it starts from another state"
         return ""
 

@@ -17,6 +17,7 @@ from dataclasses import replace
 
 from protocols.catching_up import CatchingUp
 from protocols.company import Company
+from protocols.coordinates import Coordinate
 from protocols.errors import RemoteProtocolError
 from protocols.events import (
     Applied,
@@ -61,6 +62,7 @@ from protocols.messages import (
     open_signed,
 )
 from protocols.moving import Moving
+from protocols.placing import Placing
 from protocols.round import Round
 from protocols.standing import GroupConfig, Standing
 from protocols.steering import Steering
@@ -75,10 +77,11 @@ class GroupMachine:
     def __init__(self, me: PeerId, config: GroupConfig, now_s: float) -> None:
         self._here = Standing(me, config, now_s)
         self._company = Company(self._here, now_s)
-        self._moving = Moving(self._here, self._company, now_s)
+        self._placing = Placing(me, self._here.members, now_s)
         self._following = Following(self._here)
         self._steering = Steering(self._here, self._following)
         self._healing = Healing(self._here)
+        self._moving = Moving(self._here, self._company, self._healing, self._placing, now_s)
         self._catching_up = CatchingUp(self._here, self._healing)
         self._formed: tuple[GroupName, tuple[PeerId, ...]] = (GroupName(""), ())
         self._idle = False
@@ -129,6 +132,11 @@ class GroupMachine:
         """The round in force."""
         return self._here.current
 
+    @property
+    def coordinate(self) -> Coordinate | None:
+        """Where we stand in the network, as others should see it."""
+        return self._placing.told
+
     def live_members(self, now_s: float) -> list[PeerId]:
         """The group as we see it, ourselves included, in order."""
         return self._here.live_members(now_s)
@@ -143,7 +151,7 @@ class GroupMachine:
         here = self._here
         if here.leaving:
             return math.inf
-        times = [self._company.deadline_s]
+        times = [self._company.deadline_s, self._moving.deadline_s]
         if here.current is not None:
             times.append(here.current.deadline_s(here.suspected()))
         if here.previous is not None:
@@ -185,6 +193,7 @@ class GroupMachine:
                 return self._received(sender, message, now_s)
             case Delivered(peer, rtt_s):
                 here.members.delivered(peer, rtt_s)
+                self._placing.measured(peer, now_s)
                 self._idle = True
             case Undelivered(peer, reason):
                 if here.members.undelivered(peer):
@@ -315,8 +324,11 @@ class GroupMachine:
         if (here.group, members) != self._formed:
             self._formed = (here.group, members)
             effects.append(GroupFormed(here.group, members))
-        effects += self._catching_up.sync(now_s)
-        if not here.ready:
+        effects += self._moving.meet_a_stranger(now_s)
+        effects += self._moving.settle_in(now_s)
+        if not here.visiting:
+            effects += self._catching_up.sync(now_s)
+        if not here.ready or here.visiting:
             return effects
         effects += self._following.adopt_pending(now_s)
         effects += self._healing.check_digests(now_s)
@@ -348,6 +360,7 @@ class GroupMachine:
         here = self._here
         here.previous = here.current = None
         here.ready = here.newcomer = True
+        here.visiting = False
         self._healing.fetched()
         self._moved_to(number, digest, now_s)
         return self._company.beat(now_s)

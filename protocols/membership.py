@@ -46,6 +46,8 @@ class Neighbour:
     agreed: int = -1
     """The latest round at whose start its digest was ours; -1: never seen."""
     rtt_s: float | None = None
+    sampled_s: float = float("-inf")
+    """When its round trip last counted for our coordinate."""
 
     @property
     def silent_after_s(self) -> float:

@@ -82,6 +82,9 @@ class Standing:
         """When the contributions of the latest applied round were due."""
         self.moved_s = now_s
         """When we last got a step further: a plan, an outcome, a state."""
+        self.visiting = False
+        """Our state is that of the group that we came from; until we have this one's, or know
+        that it has none, we take no part."""
         self.newcomer = True
         """Others know the plan in force and we don't, so one of them should coordinate."""
         self.pace = Pace(config.round_s, config.round_s_max, config.exchange_share)
@@ -117,7 +120,7 @@ class Standing:
             seats = [
                 seat_of(n.record) for n in live if n.round == self.round and n.digest == self.digest
             ]
-            if self.record is not None:
+            if self.record is not None and not self.visiting:
                 seats.append(seat_of(self.record.record))
         else:
             top = max([n.round for n in live], default=0)

@@ -155,8 +155,12 @@ class World:
         exchange_s: float = 10.0,
         round_s_max: float = 0.0,
         units: int = UNITS,
+        members_max: int = limits.GROUP_MEMBERS_MAX,
     ) -> None:
         self.seed = seed
+        self.members_max = members_max
+        self.places: dict[PeerId, tuple[float, float]] = {}
+        """Where a peer is on a map in seconds of round trip; without one, anywhere is as far."""
         self.rng = random.Random(seed)
         self.now_s = 0.0
         self.latency_s = latency_s
@@ -183,17 +187,21 @@ class World:
         fresh: bool = False,
         speed_s: float = 0.05,
         unit_s: float = 0.0,
+        place: tuple[float, float] | None = None,
     ) -> Peer:
         """A peer with index's identity; `fresh` = it must get the state from somebody."""
         config = GroupConfig(
             run=RUN,
             units=self.units,
             site=site,
+            members_max=self.members_max,
             round_s=self.round_s,
             exchange_s=self.exchange_s,
             round_s_max=self.round_s_max,
         )
         me = signer(index)
+        if place is not None:
+            self.places[me.peer_id] = place
         old = self.peers.get(me.peer_id)
         machine = GroupMachine(me.peer_id, config, self.now_s)
         peer = Peer(me, site, machine, speed_s=speed_s, unit_s=unit_s)
@@ -286,7 +294,8 @@ class World:
         now_ms = int(self.now_s * 1000)
         return PeerRecord(
             peer.id, RUN, peer.machine.group, peer.site, (), 10_000, True, peer.machine.round,
-            1000, now_ms, now_ms + 60_000,
+            1000, now_ms, now_ms + 60_000, len(peer.machine.live_members(self.now_s)),
+            peer.machine.coordinate,
         )  # fmt: skip
 
     def _issue_record(self, peer: Peer) -> None:
@@ -317,6 +326,13 @@ class World:
         while self.rng.random() < self.loss:
             delay_s += 0.2  # a transport underneath sends again
         return delay_s
+
+    def _way_s(self, peer: Peer, to: PeerId) -> float:
+        """From one to the other: half a round trip on the map, where both are on it."""
+        if peer.id not in self.places or to not in self.places:
+            return self._delay_s()
+        trip_s = 0.001 + math.dist(self.places[peer.id], self.places[to])
+        return trip_s / 2 * self.rng.uniform(1.0, 1.2)
 
     def _later(self, peer: Peer, seconds: float, event: Event) -> None:
         incarnation = peer.incarnation
@@ -366,7 +382,7 @@ class World:
 
     def _send(self, peer: Peer, to: PeerId, message: Message) -> None:
         other = self.peers.get(to)
-        delay_s = self._delay_s()
+        delay_s = self._way_s(peer, to)
         if other is None or not self._reaches(peer, other):
             self._later(peer, delay_s, Undelivered(to, "unreachable"))
             return
