@@ -44,6 +44,7 @@ HOLD_S: Final[Mapping[str, float]] = {
     "lonely": 0.0,  # it has waited already
 }
 LONELY_S: Final = 60.0
+CROWD_WAIT_S: Final = 30.0  # a crowd that never stands still parts all the same
 REST_S: Final = 600.0
 
 Standing = tuple[PeerRecord, GroupName]
@@ -67,6 +68,8 @@ class Grouping:
         self._since_s = float("-inf")
         self._moved_s = float("-inf")
         self._alone_s: float | None = None
+        self._crowd: frozenset[PeerId] = frozenset()
+        self._crowded_s = float("-inf")
 
     def decide(
         self,
@@ -104,7 +107,13 @@ class Grouping:
             return me.group
         # The reason has to last, not the detail: where halves part trembles with the coordinates.
         if self._proposal is None or wish.why != self._proposal.why:
-            self._since_s = now_s
+            self._since_s = self._crowded_s = now_s
+        # But whoever parts with others must see the same others: until the crowd has stood still.
+        crowd = frozenset(record.peer for record in mine)
+        if wish.why == "crowded" and crowd != self._crowd:
+            self._crowd = crowd
+            if now_s - self._crowded_s < CROWD_WAIT_S:
+                self._since_s = now_s
         self._proposal = wish
         if now_s - self._since_s < HOLD_S[wish.why]:
             return me.group
