@@ -263,12 +263,55 @@ class Ecsq:
         need = -(-len(x_N) // CHUNK_VALUES) * self.bytes_max(CHUNK_VALUES)
         if out.dtype != np.uint8 or out.ndim != 1 or len(out) < need:
             raise ValueError(f"need a vector of {need} bytes to encode into")
-        ends, at = [], 0
-        for frame in self._frames(x_N):
-            out[at : at + len(frame)] = frame
-            at += len(frame)
-            ends.append(at)
+        require_vector(x_N, 2**62)
+        ends: list[int] = []
+        wide = _BATCH * CHUNK_VALUES
+        straight = kernels() is not None
+        for first in range(0, len(x_N), wide):
+            part = x_N[first : first + wide]
+            done = self._straight_into(part, out, ends) if straight else 0
+            # What does not suit the shipped tables comes in runs: don't code it all twice.
+            straight = straight and done * CHUNK_VALUES >= len(part)
+            at = ends[-1] if ends else 0
+            try:
+                for frame in self._frames(part[done * CHUNK_VALUES :]):
+                    out[at : at + len(frame)] = np.frombuffer(frame, np.uint8)
+                    at += len(frame)
+                    ends.append(at)
+            except EncodeError as bad:
+                index = first + done * CHUNK_VALUES + bad.index
+                raise EncodeError(index, bad.value) from None
         return ends
+
+    def _straight_into(self, x_N: Float32, out: Bytes, ends: list[int]) -> int:
+        """Frames of a batch's first chunks into `out` behind the last of `ends`, which grow; how
+        many: up to the first that wants another mode or table, or more room to try."""
+        compiled = kernels()
+        assert compiled is not None
+        units = -(-len(x_N) // CHUNK_VALUES)
+        count_UL = np.zeros((units, 8), np.int64)
+        info_U = np.zeros((units, 3), np.int64)
+        start = ends[-1] if ends else 0
+        shipped = self.shipped
+        while True:
+            done = compiled.encode_chunks(
+                x_N, CHUNK_VALUES, self.square, self.reach, self.bits, kind_of(self.bits),
+                self.parameter, shipped.cost_TL, shipped.ready_T, shipped.entry_TS, out[start:],
+                HEADER.size, 0, count_UL, info_U, scratch.symbols, scratch.literals,
+            )  # fmt: skip
+            if done == units or shipped.ready_T[info_U[done, 1]]:
+                break
+            shipped.build(int(info_U[done, 1]))
+        size_U = info_U[:done, 0] + HEADER.size
+        wrong_U = self.wants_own(count_UL[:done], info_U[:done])
+        wrong_U |= size_U >= self.bytes_max(CHUNK_VALUES)
+        if len(x_N) < units * CHUNK_VALUES and done == units:
+            last = len(x_N) - (units - 1) * CHUNK_VALUES
+            wrong_U[-1] |= size_U[-1] >= self.bytes_max(last)
+        if wrong_U.any():
+            done = int(wrong_U.argmax())
+        ends += (start + np.cumsum(size_U[:done])).tolist()
+        return int(done)
 
     def _frames(self, x_N: Float32) -> Iterator[bytes | memoryview]:
         """Each chunk's frame; a memoryview holds only until the next one is asked for."""

@@ -89,6 +89,12 @@ _F32, _U8, _U16, _U32 = types.float32, types.uint8, types.uint16, types.uint32
 _I64, _BOOL = types.int64, types.boolean
 
 
+@inner
+def coded_max(count: int) -> int:
+    """Bytes that a chunk's body may take before it is known to be too large to send."""
+    return 2 * count + 1024
+
+
 @entry(
     _I64(
         readable(_F32), _I64, _F32, _F32, _I64, _I64, _I64, readable(_I64, 2), readable(_BOOL),
@@ -100,7 +106,8 @@ def encode_chunks(
     parameter: int, cost_TL: Any, ready_T: Any, entry_TS: Any, out: Any, before: int, pitch: int,
     count_UL: Any, info_U: Any, symbols: Any, literal: Any,
 ) -> int:  # fmt: skip
-    """Code each `chunk` values of `x`, the u-th to out[u * pitch:]: a frame.
+    """Code each `chunk` values of `x`, the u-th to out[u * pitch:]: a frame. With a pitch of 0
+    frames lie one after another, and coding ends where there is no room for the largest.
 
     Its body (scales, codebook, symbols) begins after `before` bytes; the header says `kind` (codec,
     mode and bits) and `parameter`, if the frame has COMPILED_FROM bytes. `cost_TL` says how
@@ -109,9 +116,11 @@ def encode_chunks(
     sample); `count_UL`: magnitudes in the sample. `symbols` and `literal` are room for a chunk's
     symbols each.
 
-    Returns how many chunks were coded: fewer if a table is not ready, which info_U names.
+    Returns how many chunks were coded: fewer if a table is not ready, which info_U names; or, with
+    a pitch of 0, if a chunk's frame is not for this to write (all zero, refused or very small).
     """
     planes = 12 // bits
+    tail = 0
     top = (1 << (bits - 1)) - 1
     blocks_max = (chunk + BLOCK - 1) // BLOCK
     step_B = np.empty(blocks_max, np.int64)
@@ -128,11 +137,15 @@ def encode_chunks(
         info_U[unit, 1] = 0
         info_U[unit, 2] = 0
         if peak in (NO_SCALE, REFUSED):
+            if pitch == 0:
+                return unit
             for level in range(LEVELS_MAX):
                 count_L[level] = 0
             info_U[unit, 0] = 0 if peak == NO_SCALE else -1
             continue
-        body = unit * pitch + before
+        if pitch == 0 and out.size - tail < before + coded_max(piece.size):
+            return unit
+        body = (tail if pitch == 0 else unit * pitch) + before
         place = body
         out[place] = np.uint8(peak & 255)
         out[place + 1] = np.uint8((peak >> 8) & 255)
@@ -172,6 +185,9 @@ def encode_chunks(
         )
         info_U[unit, 0] = end - body
         head = body - _HEADER
+        if pitch == 0 and end - head < COMPILED_FROM:
+            return unit
+        tail = end
         if before == _HEADER and end - head >= COMPILED_FROM:
             write_header(out, head, end, kind, best, piece.size, parameter, sums)
     return (x.size + chunk - 1) // chunk
