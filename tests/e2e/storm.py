@@ -359,7 +359,8 @@ class Storm:
                 return POLL_S
             self._reap(seat)
             if blow.fault.deed is Deed.wipe:
-                shutil.rmtree(self.folder / seat.name)
+                # Who was killed before it had made its folder has none.
+                shutil.rmtree(self.folder / seat.name, ignore_errors=True)
             self.start(seat)
         return None
 
