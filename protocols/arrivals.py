@@ -6,8 +6,10 @@ An aggregator keeps the delays of the last rounds and closes a span, once most a
 
 (MAD: the median absolute deviation, so that one peer on a thin line moves neither). Whoever was
 still on its way counts as infinitely late: if that were left out, each round's deadline would
-look at ever quicker peers. What of a contribution arrived in time is inside, unit by unit; the
-rest stays with its sender, which begins with it the next time.
+look at ever quicker peers. And where this round's median is the later one, it counts: what delays
+everybody (a machine that they share, a slow step) makes nobody a straggler. What of a contribution
+arrived in time is inside, unit by unit; the rest stays with its sender, which begins with it the
+next time.
 
 The next round's training hides the exchange, so for half of it waiting costs nothing: there is no
 haste before that, and what a lost packet delays is waited for.
@@ -28,7 +30,7 @@ FIRST_FACTOR: Final = 4.0  # the times that the slowest of most may be exceeded 
 FIRST_S_MIN: Final = 2.0
 K: Final = 3.0  # two standard deviations, if delays were normally distributed
 MEDIAN_SHARE: Final = 0.05
-SPREAD_S_MIN: Final = 0.25  # what a busy machine or one lost packet costs
+SPREAD_S_MIN: Final = 0.5  # what a busy machine or a lost packet or two cost
 
 
 class Arrivals:
@@ -59,5 +61,6 @@ class Arrivals:
         if math.isinf(middle):
             return most_s
         spread = median_low([abs(d - middle) for d in delays])
+        middle = max(middle, median_low(seen_s) if seen_s else 0.0)
         slack = max(K * spread, MEDIAN_SHARE * middle, SPREAD_S_MIN)
         return min(most_s, max(middle + slack, self._least_s))

@@ -38,7 +38,7 @@ def test_without_history_the_rounds_own_arrivals_say_how_long() -> None:
         assert arrivals.patience_s(12.0, []) == 12.0
         assert arrivals.patience_s(12.0, [1.0, 1.5]) == 6.0
     arrivals.closed([1.0, 1.1], 0)
-    assert arrivals.patience_s(12.0, []) < 2.0
+    assert arrivals.patience_s(12.0, []) == 1.0 + SPREAD_S_MIN
 
 
 def test_the_deadline_is_median_and_deviations() -> None:
@@ -52,11 +52,21 @@ def test_the_deadline_is_median_and_deviations() -> None:
 def test_equal_delays_leave_room_for_jitter() -> None:
     arrivals = Arrivals()
     for _ in range(3):
-        arrivals.closed([10.0] * 7, 0)
-    assert arrivals.patience_s(60.0, []) == 10.0 * (1 + MEDIAN_SHARE)
+        arrivals.closed([100.0] * 7, 0)
+    assert arrivals.patience_s(600.0, []) == 100.0 * (1 + MEDIAN_SHARE)
     for _ in range(ROUNDS_KEPT):
         arrivals.closed([0.1] * 7, 0)
     assert arrivals.patience_s(60.0, []) == 0.1 + SPREAD_S_MIN
+
+
+def test_what_delays_everybody_makes_nobody_a_straggler() -> None:
+    arrivals = Arrivals()
+    for _ in range(3):
+        arrivals.closed([1.0, 1.1, 1.2], 0)
+    usual_s = arrivals.patience_s(60.0, [1.0, 1.1])
+    assert arrivals.patience_s(60.0, [5.0, 5.2]) == usual_s - 1.1 + 5.0
+    assert arrivals.patience_s(60.0, [0.1, 0.2]) == usual_s
+    assert arrivals.patience_s(5.1, [5.0, 5.2]) == 5.1
 
 
 def test_who_was_cut_off_counts_as_late_so_that_deadlines_do_not_creep_down() -> None:
