@@ -101,9 +101,7 @@ async def receive_debts(
             await _verify(peer, note, inside, check, compute)
             units = zip(range(note.start, note.stop), inside, strict=True)
             loan = debts[current].loan
-            debts[current].payloads.update(
-                (u, d) for u, d in units if loan.start <= u < loan.stop
-            )
+            debts[current].payloads.update((u, d) for u, d in units if loan.start <= u < loan.stop)
             inside = []
     if waiting:
         raise RemoteProtocolError(peer, "a debt that ends before it is proven")

@@ -17,8 +17,7 @@ aggregators_max = 8     # at most this many of them share the work of averaging
 quorum = 0.5            # share of the group that must be in for an average to count
 """
 
-TEMPLATE: Final = (
-    """\
+TEMPLATE: Final = """\
 # A run of Murmuration: everything its peers must agree on. Check it, then start it:
 #     python -m peer run check FILE
 #     python -m peer run start FILE
@@ -71,14 +70,11 @@ momentum = 0.5          # 0.9 where a round has hundreds of steps
 
 [codec]
 name = "q4"             # how updates travel: 3.1 bits a value; or low, min, high, fp32 ...
-"""
-    + _COMMON_TAIL.replace(
-        "GOSSIP", "gossip_every = 4        # rounds between two mixes with another group\n"
-    )
+""" + _COMMON_TAIL.replace(
+    "GOSSIP", "gossip_every = 4        # rounds between two mixes with another group\n"
 )
 
-LORA_TEMPLATE: Final = (
-    """\
+LORA_TEMPLATE: Final = """\
 # A finetuning run of Murmuration: low-rank adapters on frozen weights. Check it, then start it:
 #     python -m peer run check FILE
 #     python -m peer run start FILE
@@ -121,8 +117,6 @@ lr = 5e-4
 weight_decay = 0.0
 warmup_steps = 10
 batch_size = 4
-"""
-    + _COMMON_TAIL.replace(
-        "GOSSIP", "gossip_every = 0        # groups of adapters can't be mixed yet\n"
-    )
+""" + _COMMON_TAIL.replace(
+    "GOSSIP", "gossip_every = 0        # groups of adapters can't be mixed yet\n"
 )
