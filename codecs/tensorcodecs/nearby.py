@@ -10,7 +10,7 @@ unreduced q tells when a receiver is too far away; then it asks again for more b
 Body: the hash (8 bytes), a float32 step per block, then q mod 2**b of all values in b bits each,
 least significant first. Not in the table of codecs: nobody can decode it alone.
 
-Shape suffixes: N = values, B = blocks.
+Shape suffixes: N = values, B = blocks, G = groups of eight values.
 """
 
 from __future__ import annotations
@@ -177,6 +177,12 @@ def _pack_bits(rest_N: _Int64, bits: int) -> bytes:
         return rest_N.astype(np.uint8).tobytes()
     if bits == 16:
         return rest_N.astype("<u2").tobytes()
+    if bits < 8:  # eight values are `bits` bytes
+        eight_G8 = np.zeros((-(-len(rest_N) // 8), 8), np.uint64)
+        eight_G8.ravel()[: len(rest_N)] = rest_N
+        word_G = np.bitwise_or.reduce(eight_G8 << (np.arange(8, dtype=np.uint64) * bits), axis=1)
+        plane = word_G.astype("<u8").view(np.uint8).reshape(-1, 8)[:, :bits].tobytes()
+        return plane[: -(-len(rest_N) * bits // 8)]
     bit_Nb = (rest_N[:, None] >> np.arange(bits)) & 1
     return np.packbits(bit_Nb.astype(np.uint8), bitorder="little").tobytes()
 
@@ -191,6 +197,17 @@ def _unpack_bits(plane: memoryview, numel: int, bits: int) -> _Int64:
         return np.frombuffer(plane, np.uint8).astype(np.int64)
     if bits == 16:
         return np.frombuffer(plane, "<u2").astype(np.int64)
+    if bits < 8:
+        groups = -(-numel // 8)
+        bytes_G8 = np.zeros((groups, 8), np.uint8)
+        padded = np.zeros(groups * bits, np.uint8)
+        padded[: len(plane)] = np.frombuffer(plane, np.uint8)
+        bytes_G8[:, :bits] = padded.reshape(groups, bits)
+        word_G1 = bytes_G8.view("<u8")
+        eight_G8 = (word_G1 >> (np.arange(8, dtype=np.uint64) * bits)) & ((1 << bits) - 1)
+        if eight_G8.ravel()[numel:].any():
+            raise DecodeError("spare bits that are not zero")
+        return eight_G8.ravel()[:numel].astype(np.int64)
     bit_N = np.unpackbits(np.frombuffer(plane, np.uint8), bitorder="little")
     if bit_N[numel * bits :].any():
         raise DecodeError("spare bits that are not zero")

@@ -189,10 +189,11 @@ class FlatMethod(ABC):
         if self.mixes.admits(unit, mix.id, mix.until, mix.sign):
             d_VU = self.mixer().decode(unit, mix.payload)
             where = self._slice(unit)
-            add_mix([values[where] for values in self._mixed()], d_VU, mix.sign)
+            mixed = self._vectors()[: len(d_VU)]
+            add_mix([values[where] for values in mixed], d_VU, mix.sign)
             self.mixes.add(unit, mix.id, mix.until, mix.sign)
 
-    def _mixed(self) -> list[Float32]:
+    def _vectors(self) -> list[Float32]:
         """The vectors (N,) of the outer state, theta first and the momentum last."""
         own = sorted(self._outer.items(), key=lambda item: item[0] == "momentum")
         return [values for _, values in own if len(values) == len(self._theta_N)]
@@ -201,7 +202,7 @@ class FlatMethod(ABC):
         raise NotImplementedError("this method does not mix")
 
     def outer(self, start: int, stop: int) -> list[Float32]:
-        vectors = self._mixed()
+        vectors = self._vectors()
         return [np.stack([v[self._slice(unit)] for v in vectors]) for unit in range(start, stop)]
 
     def state(self) -> ArrayMap:

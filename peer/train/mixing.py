@@ -1,11 +1,12 @@
 """The arithmetic of a mix: what is lent, the difference, and what it adds. In the codec thread.
 
-A unit's outer state is V vectors of U values (parameters, momentum, ...). The lender shows them
-coded for a receiver that is near (`tensorcodecs.nearby`), or exactly. The borrower codes half the
-difference, d, with the run's codec. Whatever error that has, both sides apply the same bytes, one
-with +, the other with -: it makes the mix a little less than half and half, and changes no sum.
+A unit's outer state is S vectors of U values (parameters, momentum, ...), of which the first V are
+mixed. The lender shows them coded for a receiver that is near (`tensorcodecs.nearby`), or exactly.
+The borrower codes half the difference, d, with the run's codec. Whatever error that has, both sides
+apply the same bytes, one with +, the other with -: it makes the mix a little less than half and
+half, and changes no sum.
 
-Shapes: V = vectors of the state, U = values of a unit.
+Shapes: S = vectors of the state, V = those that are mixed, U = values of a unit.
 """
 
 from __future__ import annotations
@@ -26,6 +27,11 @@ from tensorcodecs.nearby import CODEC_ID, TooFarError, decode_near, encode_near,
 RATIO: Final = 4.0
 """How far apart two states are, in root mean squares of the momentum, for who has not measured."""
 HEADROOM: Final = 2.0  # groups may have moved apart since the last time
+LOAN_BITS: Final = 6
+"""Per value that is lent: a step of half the measured distance (16 x 2 / 2^6), an error of 0.14
+of it, like q4's, in which half the difference is coded anyway. More bits would be lost there."""
+GUESS_BITS: Final = 8
+"""For who has not measured: `RATIO` may be far more than it need be."""
 VECTORS_MAX: Final = 8
 _LENGTHS: Final = struct.Struct("<B")
 _LENGTH: Final = struct.Struct("<I")
@@ -42,7 +48,10 @@ class Difference:
 
 
 class UnitMixer:
-    """Lends, subtracts and decodes units of a state of `vectors` vectors. Keeps nothing."""
+    """Lends, subtracts and decodes the first `vectors` vectors of a state. Keeps nothing.
+
+    The state's last vector tells what a step's typical size is, whether it is mixed or not.
+    """
 
     def __init__(self, sizes: Sequence[int], vectors: int, codec: Codec) -> None:
         """`sizes`: values in each unit. `codec`: of differences."""
@@ -51,29 +60,31 @@ class UnitMixer:
         self.vectors = vectors
         self._codec = codec
 
-    def lend(self, state_VU: Float32, hints: Sequence[float], *, exact: bool = False) -> bytes:
+    def lend(self, state_SU: Float32, hints: Sequence[float], *, exact: bool = False) -> bytes:
         """The state of a unit for somebody near; `hints`: their ratios of last time, if any."""
-        typical_U = state_VU[-1] if np.any(state_VU[-1]) else state_VU[0]
+        typical_U = state_SU[-1] if np.any(state_SU[-1]) else state_SU[0]
+        measured = len(hints) == self.vectors
+        bits = LOAN_BITS if measured else GUESS_BITS
         frames = []
-        for index, x_U in enumerate(state_VU):
+        for index, x_U in enumerate(state_SU[: self.vectors]):
             if exact:
                 frames.append(_EXACT.encode(np.ascontiguousarray(x_U)))
                 continue
-            ratio = HEADROOM * hints[index] if len(hints) == self.vectors else RATIO
-            step_B = steps_for(typical_U, min(max(ratio, 2.0**-20), HINT_MAX))
-            frames.append(encode_near(np.ascontiguousarray(x_U), step_B))
+            ratio = HEADROOM * hints[index] if measured else RATIO
+            step_B = steps_for(typical_U, min(max(ratio, 2.0**-20), HINT_MAX), bits=bits)
+            frames.append(encode_near(np.ascontiguousarray(x_U), step_B, bits=bits))
         return _joined(frames)
 
-    def difference(self, unit: int, ours_VU: Float32, lent: bytes) -> Difference:
+    def difference(self, unit: int, ours_SU: Float32, lent: bytes) -> Difference:
         """d = (theirs - ours) / 2, coded.
 
         Raises:
             TooFarError: they should show it exactly.
             DecodeError: what they showed is no state of this unit.
         """
-        typical = math.sqrt(float(np.mean(np.square(ours_VU[-1], dtype=np.float64)))) or 1.0
+        typical = math.sqrt(float(np.mean(np.square(ours_SU[-1], dtype=np.float64)))) or 1.0
         frames, ratios = [], []
-        for ours_U, frame in zip(ours_VU, self._split(lent), strict=True):
+        for ours_U, frame in zip(ours_SU[: self.vectors], self._split(lent), strict=True):
             theirs_U = _read_lent(frame, np.ascontiguousarray(ours_U))
             gap_U = theirs_U.astype(np.float64) - ours_U
             rms = math.sqrt(float(np.mean(np.square(gap_U)))) if len(gap_U) else 0.0
@@ -145,4 +156,4 @@ def _read_lent(frame: bytes, ours_U: Float32) -> Float32:
     return theirs_U
 
 
-__all__ = ["RATIO", "Difference", "TooFarError", "UnitMixer", "add_mix"]
+__all__ = ["GUESS_BITS", "LOAN_BITS", "RATIO", "Difference", "TooFarError", "UnitMixer", "add_mix"]

@@ -78,7 +78,9 @@ class PretrainMethod(FlatMethod):
         self._next_residual_N = self._residual_N
         self._mean = np.empty(CHUNK_VALUES, np.float32)
         self.mixes = MixTable(self.units) if mixing else None
-        self._mixer = UnitMixer(layout.unit_sizes(), len(self._mixed()), self._mean_codec)
+        # Without momentum what the optimiser remembers moves nothing: only parameters are mixed.
+        mixed = len(self._vectors()) if outer.momentum else 1
+        self._mixer = UnitMixer(layout.unit_sizes(), mixed, self._mean_codec)
 
     def reducer(self) -> Reducer:
         return MeanReducer(self.inner.layout.unit_sizes(), self._mean_codec)

@@ -1,17 +1,15 @@
-"""Groups that average, and pairs of groups that mix: the product's arithmetic without its network.
+"""Groups that average, and groups that mix: the product's arithmetic without its network.
 
 A group's members hold `PretrainMethod`s. They freeze their work, the product's reducer averages
 what arrives, and everybody applies it; whose contribution was lost keeps the work and sends it with
-the next. Every `every` rounds groups meet in random pairs: one borrows the other's outer parameters
-and momentum and codes
+the next. Every `every` rounds, each counting its own, every group begins a mix of each of its slots
+with another group drawn at random, as in `protocols/gossip.py`: who is still busy with one in that
+slot lends nothing, and up to three others are asked. The state is lent, compared and coded by the
+product's `UnitMixer`, and both groups hold d in the same bytes, so that one adds what the other
+subtracts and the sum of both stays what it was, however coarse the codec. Like in the network, d
+rides back with averages: with the borrower's next one, and with the lender's after that.
 
-    d^ = codec(1/2 (theirs - ours))
-
-which both then hold in the same bytes, so that one adds what the other subtracts and the sum of
-both stays what it was, however coarse the codec. Like in the network, d^ rides back with averages:
-with the borrower's next one, and with the lender's after that.
-
-Shapes: N = parameters.
+Shapes: N = parameters, S = vectors of the state, U = values of a unit.
 """
 
 from __future__ import annotations
@@ -24,14 +22,16 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from peer.train.composite import Mix, compose
 from peer.train.method import ArrayMap
+from peer.train.mixing import TooFarError
 from peer.train.pretrain import PretrainMethod
-from tensorcodecs import Codec
+from protocols.gossip import GROUPS_DRAWN
 
 Float32 = npt.NDArray[np.float32]
 
-LENT_BYTES_PER_VALUE: Final = 1
-"""What is lent is coded for somebody who holds something near: a step count modulo 2^8."""
+SLOTS: Final = 8
+"""The default run's `aggregators_max`; never more than there are units."""
 
 
 class Group:
@@ -65,35 +65,54 @@ class Group:
         """The outer state that all members share: copies."""
         return self.members[0].state()
 
-    def shift(self, by: Mapping[str, Float32], sign: int) -> None:
-        """Add sign * `by` to everybody's outer state; local work moves along."""
+    def unit(self, number: int) -> Float32:
+        """The outer state of a unit (S, U): a copy."""
+        return self.members[0].outer(number, number + 1)[0]
+
+    def mix(self, unit: int, payload: bytes, mix: int, sign: int) -> None:
+        """Add sign * d to everybody's outer state, as an outcome does that holds nothing else.
+        `mix`: its number, from 1.
+        """
+        outcome = [b""] * self.members[0].units
+        outcome[unit] = compose(b"", [Mix(mix, mix, sign, payload)])
         for member in self.members:
-            for name, shift_N in by.items():
-                member._outer[name] += np.float32(sign) * shift_N
-            member.inner.shift(slice(None), np.float32(sign) * by["theta"])
+            member.apply(outcome, np.zeros(member.units, np.bool_))
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Half of what keeps two groups apart, as both of them decode it."""
+    """Half of what keeps two groups apart in one slot, as both of them decode it."""
 
-    values: Mapping[str, Float32]
-    """(N,) each, by the names of the outer state."""
+    payloads: Mapping[int, bytes]
+    """By unit."""
     coded_bytes: int
     lent_bytes: int
+    hints: tuple[float, ...]
 
     @classmethod
-    def between(cls, ours: ArrayMap, theirs: ArrayMap, codec: Codec) -> Difference:
-        """What `ours` must move by, and `theirs` the other way, to meet."""
-        values = {}
-        coded = 0
-        for name, our_N in ours.items():
-            frames = codec.encode_many(np.float32(0.5) * (theirs[name] - our_N))
-            values[name] = np.empty_like(our_N)
-            codec.decode_many(frames, values[name])
-            coded += sum(map(len, frames))
-        lent = sum(len(our_N) for our_N in ours.values()) * LENT_BYTES_PER_VALUE
-        return cls(values, coded, lent)
+    def between(
+        cls, ours: Group, theirs: Group, units: range, hints: Sequence[float]
+    ) -> Difference:
+        """What `ours` must move by, and `theirs` the other way, to meet. `hints`: of the slot's
+        last mix in `ours`, if there was one (`peer.mixing`).
+        """
+        payloads, ratios, lent_bytes = {}, [], 0
+        mixer = ours.members[0].mixer()
+        for unit in units:
+            our_SU, their_SU = ours.unit(unit), theirs.unit(unit)
+            lent = mixer.lend(their_SU, hints)
+            lent_bytes += len(lent)
+            try:
+                found = mixer.difference(unit, our_SU, lent)
+            except TooFarError:  # it asks again
+                lent = mixer.lend(their_SU, hints, exact=True)
+                lent_bytes += len(lent)
+                found = mixer.difference(unit, our_SU, lent)
+            payloads[unit] = found.payload
+            ratios.append(found.ratios)
+        coded_bytes = sum(map(len, payloads.values()))
+        worst = tuple(np.max(np.array(ratios), axis=0).tolist())
+        return cls(payloads, coded_bytes, lent_bytes, worst)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +121,8 @@ class _Ride:
 
     round_: int
     group: int
+    slot: int
+    mix: int
     difference: Difference
     sign: int
 
@@ -112,53 +133,68 @@ class Gossip:
     def __init__(
         self,
         groups: Sequence[Group],
-        codec: Codec,
         rng: random.Random,
         *,
         every: int,
         rides: tuple[int, int] = (1, 2),
     ) -> None:
-        """`every`: rounds between two mixes; `rides`: rounds until a mix has arrived at its
-        borrower and at its lender.
+        """`every`: a group's rounds between two mixes of a slot that it begins; `rides`: rounds
+        until a mix has arrived at its borrower and at its lender.
         """
+        units = groups[0].members[0].units
+        count = min(SLOTS, units)
+        self._slots = [range(units * s // count, units * (s + 1) // count) for s in range(count)]
         self._groups = groups
-        self._codec = codec
         self._rng = rng
         self._every = every
         self._rides = rides
+        # Groups are of different age: their rounds have different numbers.
+        self._begun = [rng.randrange(every) if every else 0 for _ in groups]
         self._riding: list[_Ride] = []
+        self._hints: dict[tuple[int, int], tuple[float, ...]] = {}
         self.mixes = 0
         self.bytes = 0
         """Between groups, so far."""
 
     def after(self, round_: int, rounds: int) -> None:
-        """Round `round_` of 1..`rounds` was applied everywhere: what is due arrives, and if it is
-        time, random pairs meet. A mix that could not arrive in time is not begun.
+        """Round `round_` of 1..`rounds` was applied everywhere: what is due arrives, and whose turn
+        it is begin a mix. One that could not arrive in time is not begun.
         """
         for ride in (ride for ride in self._riding if ride.round_ == round_):
-            self._groups[ride.group].shift(ride.difference.values, ride.sign)
+            for unit, payload in ride.difference.payloads.items():
+                self._groups[ride.group].mix(unit, payload, ride.mix, ride.sign)
         self._riding = [ride for ride in self._riding if ride.round_ > round_]
-        if round_ % self._every == 0 and round_ + max(self._rides) <= rounds:
-            for borrower, lender in pairs(len(self._groups), self._rng):
-                self._meet(round_, borrower, lender)
+        if round_ + max(self._rides) > rounds:
+            return
+        order = list(range(len(self._groups)))
+        self._rng.shuffle(order)
+        for group in order:
+            for slot in range(len(self._slots)):
+                if (round_ + self._begun[group]) % self._every == slot % self._every:
+                    self._begin(round_, group, slot)
 
-    def _meet(self, round_: int, borrower: int, lender: int) -> None:
-        states = self._groups[borrower].state(), self._groups[lender].state()
-        difference = Difference.between(*states, self._codec)
+    def _begin(self, round_: int, group: int, slot: int) -> None:
+        busy = {ride.group for ride in self._riding if ride.slot == slot}
+        others = [other for other in range(len(self._groups)) if other != group]
+        drawn = self._rng.sample(others, min(GROUPS_DRAWN, len(others)))
+        lender = next((other for other in drawn if other not in busy), None)
+        if lender is not None and group not in busy:
+            self._meet(round_, group, lender, slot)
+
+    def _meet(self, round_: int, borrower: int, lender: int, slot: int) -> None:
+        difference = Difference.between(
+            self._groups[borrower], self._groups[lender], self._slots[slot],
+            self._hints.get((borrower, slot), ()),
+        )  # fmt: skip
+        self._hints[borrower, slot] = difference.hints
         self.mixes += 1
+        # The loan one way; d, when it is paid, the other.
         self.bytes += difference.lent_bytes + difference.coded_bytes
         for group, ride, sign in (
             (borrower, self._rides[0], 1),
             (lender, self._rides[1], -1),
         ):
-            self._riding.append(_Ride(round_ + ride, group, difference, sign))
-
-
-def pairs(groups: int, rng: random.Random) -> list[tuple[int, int]]:
-    """A random matching: every group once, but for one that is left over if they are odd."""
-    order = list(range(groups))
-    rng.shuffle(order)
-    return list(zip(order[::2], order[1::2], strict=False))
+            self._riding.append(_Ride(round_ + ride, group, slot, self.mixes, difference, sign))
 
 
 def apart(groups: Sequence[Group]) -> float:

@@ -216,11 +216,12 @@ def _in_rounds(trial: Trial, course: Course, started_s: float) -> Outcome:
     stack = _stack(trial, course, PEERS)
     outer = OuterSpec(lr=trial.outer_lr, momentum=trial.momentum)
     methods = [
-        PretrainMethod(cast("Inner", Seat(stack, peer)), outer, codec) for peer in range(PEERS)
+        PretrainMethod(cast("Inner", Seat(stack, peer)), outer, codec, mixing=way.groups > 1)
+        for peer in range(PEERS)
     ]
     near = PEERS // way.groups
     groups = [Group(methods[first : first + near]) for first in range(0, PEERS, near)]
-    gossip = Gossip(groups, codec, random.Random(f"pairs/{trial.seed}"), every=trial.gossip_every)
+    gossip = Gossip(groups, random.Random(f"pairs/{trial.seed}"), every=trial.gossip_every)
     dice = random.Random(f"lost/{trial.seed}")
     looking = _stack(trial, course, way.groups)
     rounds = size.steps // trial.h

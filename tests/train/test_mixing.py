@@ -129,7 +129,7 @@ def test_both_sides_of_a_mix_hold_what_they_held(codec: str) -> None:
     ours, theirs = state(1), (state(1) + 0.02 * state(2)).astype(np.float32)
     total = ours.astype(np.float64) + theirs
     before = np.abs(theirs - ours).mean()
-    difference = mixer(codec).difference(0, ours, mixer(codec).lend(theirs, (4.0, 4.0)))
+    difference = mixer(codec).difference(0, ours, mixer(codec).lend(theirs, (2.0, 0.02)))
     d_VU = mixer(codec).decode(0, difference.payload)
     add_mix(list(ours), d_VU, 1)
     add_mix(list(theirs), d_VU, -1)
