@@ -30,13 +30,12 @@ INNER_LR: Final = 1e-3
 GOSSIP_EVERY: Final = 3
 """Of flat DiLoCo's rounds: as often as a tenth of its bytes allows, as every group begins mixes."""
 OUTER: Final[Mapping[str, Mapping[int, tuple[float, float]]]] = {
-    "flat": {10: (1.0, 0.5), 25: (1.0, 0.5), 100: (0.7, 0.9)},
-    "groups": {25: (1.0, 0.0)},
-    "near": {10: (1.0, 0.0), 25: (1.0, 0.0), 100: (1.0, 0.0)},
+    "near": {25: (1.0, 0.0)},
+    "flat": {10: (0.7, 0.5), 25: (0.7, 0.5), 100: (0.7, 0.9)},
 }
-"""Outer rate and momentum by H, for one group of all, for groups at sites with rounds of H steps,
-and for groups with rounds of `NEAR` steps. `learning --part tuning` starts from them, and says for
-each whether one beside it is better."""
+"""Outer rate and momentum by H: for groups with rounds of `NEAR` steps (at the middle H, and for
+groups in general), and for one group of all. `learning --part tuning` starts from them, and says
+for each whether one beside it is better."""
 HS: Final = tuple(OUTER["flat"])
 
 QUICK: Final = Size(
@@ -79,9 +78,11 @@ def trials(seed: int, size: Size, hs: Sequence[int]) -> list[Trial]:
 
 def in_rounds(plain: Trial, way: str, kind: str, h: int) -> Trial:
     """`plain` with exchanges between sites as often as flat DiLoCo with rounds of `h` steps has
-    them, or every third of them if groups gossip. `kind`: a key of `OUTER`, whose settings it gets.
+    them, or every third of them if groups gossip. `kind`: a key of `OUTER`, or "groups" with rounds of `h`
+    steps.
     """
-    lr, momentum = OUTER[kind].get(h, OUTER[kind][_MIDDLE])
+    settings = OUTER["near" if kind == "groups" else kind]
+    lr, momentum = settings.get(h, settings[_MIDDLE])
     steps = NEAR if kind == "near" else h
     mixes = 0 if way in ("flat", "none") else GOSSIP_EVERY * h // steps
     return replace(plain, way=way, h=steps, outer_lr=lr, momentum=momentum, gossip_every=mixes)

@@ -17,11 +17,10 @@ from tests.bench.learning_groups import HS, INNER_LR, NEAR, OUTER, QUICK, QUICK_
 from tests.bench.result import Bar, Cell, Progress, Result
 from tests.bench.trial import Size, Trial
 
-_RATES: Final = (0.7, 1.0)
+_RATES: Final = (0.5, 0.7, 1.0, 1.4)
 _MOMENTA: Final = (0.0, 0.5, 0.7, 0.9)
 _TITLES: Final = {
     "flat": "flat DiLoCo, fp32",
-    "groups": "groups + gossip, q4, rounds of H",
     "near": f"groups + gossip, q4, rounds of {NEAR}",
 }
 Setting = tuple[float, float]
@@ -37,7 +36,7 @@ def run(quick: bool, seed: int, progress: Progress) -> Result:
     kept = Kept(machine.ROOT / ".bench" / ("learning-tuning-quick" if quick else "learning-tuning"))
     plain = Trial(way="ddp", seed=seed, inner_lr=INNER_LR, size=size)
     pairs = [(kind, h) for kind in OUTER for h in hs if quick or h in OUTER[kind]]
-    used = {(kind, h): OUTER[kind].get(h, (_RATES[-1], _MOMENTA[0])) for kind, h in pairs}
+    used = {(kind, h): OUTER[kind].get(h, (1.0, 0.0)) for kind, h in pairs}
     found: dict[tuple[str, int], dict[Setting, float]] = {pair: {} for pair in pairs}
     centre = dict(used)
     while True:
