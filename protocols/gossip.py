@@ -145,6 +145,9 @@ class _Debt:
     tried: int = 0
     """Of the contacts."""
     failures: int = 0
+    rank: int = 0
+    """Our turn to pay, among the group and members `ranked`: it is looked at all the time."""
+    ranked: tuple[GroupName, tuple[PeerId, ...]] | None = None
     refused: set[PeerId] = field(default_factory=set)
 
 
@@ -551,8 +554,12 @@ class GossipMachine:
         return LOAN_ROUNDS * self.config.round_s + RETRY_S
 
     def _rank(self, mix: MixId) -> int:
-        order = self._order(f"debt\x00{mix}")
-        return order.index(self.me) if self.me in order else len(order)
+        debt = self._debts[mix]
+        if debt.ranked != (self.group, self.members):
+            order = self._order(f"debt\x00{mix}")
+            debt.rank = order.index(self.me) if self.me in order else len(order)
+            debt.ranked = self.group, self.members
+        return debt.rank
 
     def _pay(self, now_s: float) -> list[GossipEffect]:
         effects: list[GossipEffect] = []

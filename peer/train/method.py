@@ -101,9 +101,10 @@ class Method(Protocol):
         """How this method's outer state is mixed with another group's. Used in the codec thread."""
 
     def outer(self, start: int, stop: int) -> list[npt.NDArray[np.float32]]:
-        """Copies of the outer state of units start..stop-1, each (V, U), parameters first, what
-        tells a step's typical size (the momentum) last. From any thread: one that is just being
-        changed may be half old and half new, which is near enough for a mix."""
+        """Copies of the outer state of units start..stop-1, each (S, U): those that are mixed
+        first, of them the parameters first; what tells a step's typical size (the momentum) last.
+        From any thread: one that is just being changed may be half old and half new, which is near
+        enough for a mix."""
 
     def state(self) -> ArrayMap:
         """The outer state, the same on every peer: copies, safe to keep. Names are stable."""

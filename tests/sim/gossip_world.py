@@ -2,7 +2,8 @@
 
 A group is a log of rounds that its members apply one after another, each at its own pace; who
 aggregates, who is heard, who dies is drawn from one seed. A unit's state is one whole number, so
-"mass is conserved" means equal, not close. What averaging and training do is no concern here.
+"mass is conserved" means equal, not close. Training is a step of each unit in each round, drawn
+at random for each group (`learn`); a coded difference is one that is a little off (`coded`).
 """
 
 from __future__ import annotations
@@ -66,6 +67,8 @@ class Entry:
     mixes: dict[int, list[tuple[MixId, int, int, int]]]
     """unit -> (mix, until, sign, d)."""
     notes: tuple[Noted, ...]
+    steps: list[int] = field(default_factory=list)
+    """What was learned, by unit; empty: nothing."""
 
 
 @dataclass
@@ -84,6 +87,8 @@ class State:
         return self.table.mask(mix, *where) | forgotten
 
     def apply(self, entry: Entry) -> None:
+        for unit, step in enumerate(entry.steps):
+            self.values[unit] += step
         for unit, mixes in entry.mixes.items():
             for mix, until, sign, d in mixes:
                 if self.table.admits(unit, mix, until, sign):
@@ -118,11 +123,12 @@ class Group:
 
 
 class GossipWorld:
-    """Groups on one virtual clock. `loss`: of anything that crosses the network."""
+    """Groups on one virtual clock. `loss`: of anything that crosses the network. `coded`: the error
+    of a difference, relative to it (a codec's root mean square)."""
 
     def __init__(
-        self, seed: int, *, units: int = 6, slots: int = 3, every: int = 4, loss: float = 0.0,
-        crash: float = 0.0, round_s: float = 5.0,
+        self, seed: int | str, *, units: int = 6, slots: int = 3, every: int = 4, loss: float = 0.0,
+        crash: float = 0.0, round_s: float = 5.0, coded: float = 0.0,
     ) -> None:  # fmt: skip
         self.seed = seed
         self.rng = random.Random(seed)
@@ -141,6 +147,11 @@ class GossipWorld:
         """What each mix was, as its first outcome had it."""
         self.quiet = False
         """Nobody begins a mix any more."""
+        self.coded = coded
+        self.learn = 0.0
+        """Standard deviation of what a group learns in a round, in each unit."""
+        self.learned = [0] * units
+        """Per unit: by all groups so far."""
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
         self._names = itertools.count()
@@ -211,7 +222,7 @@ class GossipWorld:
                 self._after(self.rng.uniform(0, group.round_s), lambda: self._die(victim))
             cut = self.rng.randint(0, self.config.units)
             spans = [(a, b) for a, b in ((0, cut), (cut, self.config.units)) if a < b]
-            entry = Entry({}, ())
+            entry = Entry({}, (), self._learn())
             for start, stop in spans:
                 self._reduce(group, self.rng.choice(ready), ready, start, stop, entry)
             group.log.append(entry)
@@ -220,9 +231,16 @@ class GossipWorld:
             for member in ready:
                 self._after(self.rng.uniform(0.05, 0.3) * group.round_s, self._applier(member))
         for member in group.living:
-            if member.state.round < number:  # it missed one: it catches up
-                self._after(0.1, self._applier(member))
+            for missed in range(len(group.log) - member.state.round if member not in ready else 0):
+                self._after(0.1 * (missed + 1), self._applier(member))  # it catches up
         self._after(group.round_s * self.rng.uniform(0.9, 1.1), lambda: self._round(group))
+
+    def _learn(self) -> list[int]:
+        if not self.learn:
+            return []
+        steps = [round(self.rng.gauss(0.0, self.learn)) for _ in self.learned]
+        self.learned = [old + step for old, step in zip(self.learned, steps, strict=True)]
+        return steps
 
     def _die(self, victim: Member) -> None:
         if victim.alive and len(victim.group.living) > 1:
@@ -359,13 +377,17 @@ class GossipWorld:
             def receive() -> None:
                 if member.alive:
                     ours = member.state.values[loan.start : loan.stop]
-                    halves = [(a - b) // 2 for a, b in zip(theirs, ours, strict=True)]
+                    halves = [self._half(a - b) for a, b in zip(theirs, ours, strict=True)]
                     member.payloads[mix_id(signed.body)] = dict(enumerate(halves, loan.start))
                     self.feed(member, Borrowed(effect.slot, signed, loan))
 
             self._after(self.rng.uniform(0.05, 0.5), receive)
 
         self._after(self.rng.uniform(0.01, 0.1), ask)
+
+    def _half(self, gap: int) -> int:
+        """As its receiver decodes it."""
+        return round(gap / 2 * self.rng.gauss(1.0, self.coded)) if self.coded else gap // 2
 
     def _pay(self, member: Member, mix: MixId, to: Contact) -> None:
         mask = member.machine.debts[mix]
@@ -419,8 +441,9 @@ class GossipWorld:
 
     # ── what must hold ───────────────────────────────────────────────────────────────────
     def mass(self) -> list[int]:
-        """Per unit: what all groups hold, and what is on its way from one to another."""
-        total = [0] * self.config.units
+        """Per unit: what all groups hold but have not learned here, and what is on its way from one
+        to another."""
+        total = [-learned for learned in self.learned]
         for group in self.groups.values():
             for unit, value in enumerate(group.head.values):
                 total[unit] += value

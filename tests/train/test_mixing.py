@@ -214,6 +214,31 @@ def test_pretraining_mixes_parameters_and_momentum_once() -> None:
     assert one.digest() == digest, "twice is once"
 
 
+def test_without_momentum_only_parameters_are_mixed() -> None:
+    """What the optimiser remembers then moves nothing; it only tells how large a step is."""
+    one, other = method(momentum=0.0), method(momentum=0.0)
+    for index, learner in enumerate((one, other)):
+        learner.step(batch(index))
+        learner.apply(reduce(learner, [learner.contribution()]), np.ones(one.units, np.bool_))
+    before = one.state()
+    lent = other.mixer().lend(other.outer(0, 1)[0], ())
+    with_momentum = method().mixer().lend(other.outer(0, 1)[0], ())
+    assert len(lent) < 0.51 * len(with_momentum)
+    added, taken = mixed(one, other)
+    nobody = np.zeros(one.units, np.bool_)
+    one.apply(added, nobody)
+    other.apply(taken, nobody)
+    assert one.refused_units == other.refused_units == 0
+    np.testing.assert_allclose(one.state()["theta"], other.state()["theta"], atol=1e-6)
+    assert np.abs(one.state()["theta"] - before["theta"]).max() > 1e-4
+    np.testing.assert_array_equal(one.state()["momentum"], before["momentum"])
+
+
+def test_who_knows_the_distance_is_lent_fewer_bits() -> None:
+    guessed, measured = mixer().lend(state(1), ()), mixer().lend(state(1), (2.0, 0.02))
+    assert len(measured) < 0.77 * len(guessed)
+
+
 def test_the_state_remembers_its_mixes() -> None:
     one, other = pair()
     added, _ = mixed(one, other)

@@ -1,0 +1,288 @@
+"""Consensus: how near each other gossip keeps the groups of 1,000 peers, in virtual time.
+
+Every peer runs the product's own gossip machine and table of mixes, over a lossy network on which
+members die (`tests/sim/gossip_world`); a state is one number to each slot, training a random step
+of it in every round of every group, and differences are as inexact as the codec makes them. Three
+questions: does the distance between groups stay bounded while all of them learn apart; does it go
+away when learning stops; and how long does what one group has learned take to all others, where
+there are more groups.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Final
+
+from peer.manifest import GroupSpec, ScheduleSpec
+from tests.bench.result import Bar, Cell, Progress, Result
+from tests.sim.gossip_world import GossipWorld
+
+EVERY: Final = ScheduleSpec().gossip_every
+SLOTS: Final = GroupSpec().aggregators_max
+ROUND_S: Final = 5.0
+LOSS: Final = 0.05
+CRASH: Final = 0.02
+CODED: Final = 0.2
+"""Error of a difference / the difference: 0.14 by what is lent in six bits and 0.15 by q4."""
+
+_UNIT: Final = 10**15  # numbers are whole: a thousandth of a thousandth still has nine digits
+_STEP: Final = _UNIT // 1000
+_NEAR: Final = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class _Scale:
+    peers: int = 1000
+    groups: tuple[int, ...] = (64, 128)
+    """Of all peers."""
+    learning: int = 18
+    """Mixing periods of `EVERY` rounds in which groups learn."""
+    spread: tuple[int, ...] = (8, 16, 32, 64, 128)
+    """Groups among which one's knowledge spreads."""
+    members: int = 3
+    """Of each of those."""
+    seeds: int = 3
+
+
+_QUICK: Final = _Scale(peers=60, groups=(16,), learning=12, spread=(4, 8, 16), members=2, seeds=1)
+
+
+def run(quick: bool, seed: int, progress: Progress) -> Result:
+    """See `registry.Measurement`. A few minutes on one core; quick: seconds."""
+    scale = _QUICK if quick else _Scale()
+    rows: list[dict[str, Cell]] = []
+    bars: list[Bar] = []
+    for groups in scale.groups:
+        progress(f"{scale.peers} peers in {groups} groups ...")
+        row, held = _together(seed, scale, groups)
+        rows.append(row)
+        bars += held
+    times: list[tuple[int, float]] = []
+    for groups in scale.spread:
+        progress(f"what one of {groups} groups knows ...")
+        row = _spreading(seed, scale, groups)
+        rows.append(row)
+        times.append((groups, float(row["rounds to 1 %"] or math.nan)))
+    bars += _growth(times)
+    return Result(rows, bars, _notes(scale, times))
+
+
+# ── all learn, then none ─────────────────────────────────────────────────────────────────
+def _together(seed: int, scale: _Scale, groups: int) -> tuple[dict[str, Cell], list[Bar]]:
+    world = _world(seed, scale.peers, groups, [_UNIT] * SLOTS)
+    before = world.mass()
+    world.learn = _STEP
+    thirds = [_levels(world, scale.learning // 3) for _ in range(3)]
+    middle, late = (fmean(levels) for levels in thirds[1:])
+    begun = _mixes(world)
+    rounds = _rounds(world)
+    world.learn = 0.0
+    stopped = _variance(world)
+    limit = 4 * math.ceil(_periods(1 / _NEAR**2))
+    levels = [math.sqrt(stopped)]
+    while levels[-1] > _NEAR * levels[0] and len(levels) <= limit * EVERY:
+        _run(world, 1)
+        levels.append(math.sqrt(_variance(world)))
+    took = _rounds(world) - rounds
+    mixes = _mixes(world) - begun
+    # d ln(variance) / mix, against its expectation.
+    measured = 2 * math.log(levels[-1] / levels[0]) / (mixes / SLOTS)
+    theory = math.log1p(-(1 - CODED**2) / (groups - 1))
+    per_round = mixes / SLOTS / groups / took
+    # Every round adds its steps, every mix takes its share: they balance at this variance.
+    steady = _STEP / _UNIT / math.sqrt((1 - CODED**2) * per_round)
+    name = f"consensus: {scale.peers} peers in {groups} groups"
+    lost = sum(abs(a - b) for a, b in zip(world.mass(), before, strict=True))
+    row = _row(
+        f"{scale.peers} peers: all learn, then none", groups, took,
+        mixes / SLOTS / groups * EVERY / took, measured / theory,
+    )  # fmt: skip
+    row["apart while learning"] = f"{late:.3%}"
+    row["by theory"] = f"{steady:.3%}"
+    row["apart at the end"] = f"{levels[-1]:.4%}"
+    alone = _STEP / _UNIT * math.sqrt(scale.learning * EVERY)
+    return row, [
+        Bar.at_most(
+            f"{name}, all learning: distance in the last third of the time / in the middle one",
+            late / middle, 1.1, f"bounded; without gossip it would grow to {alone:.1%}, by 1.3",
+        ),
+        Bar.at_most(
+            f"{name}, all learning: distance / by theory", late / steady, 1.25,
+            "steps of every round against mixes as often as there were",
+        ),
+        Bar.at_most(
+            f"{name}, after learning: distance / when it stopped",
+            levels[-1] / levels[0], _NEAR, f"after {took:.0f} rounds",
+        ),
+        Bar.at_least(
+            f"{name}, after learning: logarithm of the distance lost in a mix / by theory",
+            measured / theory, 0.8, "a random pair meets half-way",
+        ),
+        Bar.at_most(f"{name}: mass lost", float(lost), 0, "whole numbers; loss and deaths go on"),
+    ]  # fmt: skip
+
+
+# ── one knows, then all ──────────────────────────────────────────────────────────────────
+def _spreading(seed: int, scale: _Scale, groups: int) -> dict[str, Cell]:
+    """In each slot one group holds what all should have a share of."""
+    times: list[float] = []
+    shares: list[float] = []
+    ratios: list[float] = []
+    for number in range(scale.seeds):
+        world = _world(f"{seed}/{number}", groups * scale.members, groups, [0] * SLOTS)
+        for slot in range(SLOTS):
+            one = world.rng.choice(list(world.groups.values()))
+            one.head.values[slot] = groups * _UNIT
+            for member in one.living:
+                member.state.values[slot] = groups * _UNIT
+        reached = [math.nan] * SLOTS
+        first = _variance(world)
+        while any(math.isnan(time) for time in reached) and _rounds(world) < 1000:
+            _run(world, 0.5)
+            for slot, worst in enumerate(_worst(world)):
+                if math.isnan(reached[slot]) and worst <= _NEAR:
+                    reached[slot] = _rounds(world)
+        times += reached
+        mixes = _mixes(world) / SLOTS
+        shares.append(mixes / groups / _rounds(world) * EVERY)
+        ratios.append(
+            math.log(_variance(world) / first) / mixes / math.log1p(-(1 - CODED**2) / (groups - 1))
+        )
+    return _row(
+        f"{groups * scale.members} peers: one group knows, then all", groups,
+        fmean(times), fmean(shares), fmean(ratios),
+    )  # fmt: skip
+
+
+def _growth(times: Sequence[tuple[int, float]]) -> list[Bar]:
+    intercept, slope, worst = fit(times)
+    (first, least), (last, most) = times[0], times[-1]
+    return [
+        Bar.at_most(
+            f"consensus: rounds until every group is within 1 %, {last} groups / {first}",
+            most / least, round(math.log(last) / math.log(first), 2), "log(groups) grows so much",
+        ),
+        Bar.at_most(
+            "consensus: largest residual of these rounds / their fit", worst, 0.1,
+            f"least squares, {intercept:.1f} + {slope:.2f} ln(groups)",
+        ),
+    ]  # fmt: skip
+
+
+def fit(times: Sequence[tuple[int, float]]) -> tuple[float, float, float]:
+    """(a, b, the largest relative residual) of time = a + b ln(groups), by least squares."""
+    logs = [math.log(groups) for groups, _ in times]
+    middle, mean = fmean(logs), fmean(time for _, time in times)
+    slope = sum((x - middle) * (time - mean) for x, (_, time) in zip(logs, times, strict=True))
+    slope /= sum((x - middle) ** 2 for x in logs)
+    intercept = mean - slope * middle
+    fitted = [intercept + slope * x for x in logs]
+    worst = max(abs(time / line - 1) for (_, time), line in zip(times, fitted, strict=True))
+    return intercept, slope, worst
+
+
+# ── helpers ──────────────────────────────────────────────────────────────────────────────
+def _world(seed: int | str, peers: int, groups: int, values: Sequence[int]) -> GossipWorld:
+    world = GossipWorld(
+        seed, units=SLOTS, slots=SLOTS, every=EVERY, loss=LOSS, crash=CRASH, round_s=ROUND_S,
+        coded=CODED,
+    )  # fmt: skip
+    for index in range(groups):
+        size = peers * (index + 1) // groups - peers * index // groups
+        world.add_group(f"g{index}", size, values)
+    return world
+
+
+def _run(world: GossipWorld, rounds: float) -> None:
+    world.run(rounds * ROUND_S)
+
+
+def _rounds(world: GossipWorld) -> float:
+    """That a group has done, the mean."""
+    return fmean(len(group.log) for group in world.groups.values())
+
+
+def _mixes(world: GossipWorld) -> float:
+    """Sides of mixes that are in a state, in pairs; one number is mixed in each."""
+    return sum(sum(group.applied.values()) for group in world.groups.values()) / 2
+
+
+def _columns(world: GossipWorld) -> list[list[float]]:
+    """Every slot's numbers, by group, in `_UNIT`s."""
+    heads = [group.head.values for group in world.groups.values()]
+    return [[value / _UNIT for value in column] for column in zip(*heads, strict=True)]
+
+
+def _variance(world: GossipWorld) -> float:
+    """Mean square of the distance from the mean of all groups, over groups and slots."""
+    squares = []
+    for column in _columns(world):
+        mean = fmean(column)
+        squares.append(fmean((x - mean) ** 2 for x in column))
+    return fmean(squares)
+
+
+def _worst(world: GossipWorld) -> list[float]:
+    """In each slot: how far the furthest group is from the mean / that mean."""
+    return [max(abs(x / fmean(column) - 1) for x in column) for column in _columns(world)]
+
+
+def _levels(world: GossipWorld, periods: int) -> list[float]:
+    """Distances after each of so many mixing periods."""
+    levels = []
+    for _ in range(periods):
+        _run(world, EVERY)
+        levels.append(math.sqrt(_variance(world)))
+    return levels
+
+
+def _periods(ratio: float) -> float:
+    """Mixing periods in which the variance falls by `ratio`, if every mix that is due happens."""
+    return math.log(ratio) / (1 - CODED**2)
+
+
+def _row(what: str, groups: int, took: float, share: float, ratio: float) -> dict[str, Cell]:
+    return {
+        "what": what,
+        "groups": groups,
+        "rounds to 1 %": f"{took:.1f}",
+        "mixes done / due": f"{share:.2f}",
+        "contraction / theory": f"{ratio:.2f}",
+        "apart while learning": "-",
+        "by theory": "-",
+        "apart at the end": "-",
+    }
+
+
+def _notes(scale: _Scale, times: Sequence[tuple[int, float]]) -> list[str]:
+    setting = (
+        f"Each group mixes every {EVERY} rounds of its own in each of {SLOTS} slots; "
+        f"{LOSS:.0%} of everything that crosses the network is lost, in {CRASH:.0%} of a group's "
+        "rounds a member dies at some moment and another comes; a difference that is mixed has a "
+        f"relative error of {CODED:g} (a loan of six bits and q4)."
+    )
+    learning = (
+        f"All learn: in every round of every group each slot's number moves by a normal step of "
+        f"{_STEP / _UNIT:.1%} of its size, of each group its own: the part of learning that they "
+        "do not share. Apart: rms distance of groups from their mean / that mean."
+    )
+    theory = (
+        "Theory: a mix of two groups at random takes (1 - e^2) / (G - 1) of the sum of squared "
+        "distances, where e is the error of the difference (the mean squared gap of two of G "
+        "groups is 2 / (G - 1) of that sum, and meeting half-way takes half of a squared gap; "
+        "randomized gossip, Boyd et al. 2006). If each group begins one mix in M rounds and f of "
+        "them happen, the variance falls by exp(-f (1 - e^2)) in M rounds, however many groups "
+        "there are: rms distances halve every 1.39 M / f rounds at e = 0. Steps of variance s^2 "
+        "a round then keep it at M s^2 / (f (1 - e^2)). Mixes are counted as they happened; a due "
+        "one does not happen where the other group was busy, and waits for the next turn."
+    )
+    spreading = (
+        "One group knows: in each slot one group holds what is G times the mean and all others "
+        "hold nothing, the worst start there is; time until the furthest group is within 1 % of "
+        f"the mean, the mean of {scale.seeds} seeds and {SLOTS} slots. The variance starts at "
+        "G - 1 squared means, so by theory this takes ln(G) + 9.2 mixing periods or more."
+    )
+    return [setting, learning, theory, spreading]
