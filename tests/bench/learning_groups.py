@@ -2,13 +2,13 @@
 
 16 peers at 4 sites train one small language model (`trial`): everybody's gradient in every step
 (DDP); one group of all 16 that averages pseudo-gradients in float32 (flat DiLoCo); and the
-product's way, a group at each site and gossip between them, all in q4: with short rounds, since
-what groups send inside crosses no border, and once with rounds as long as flat DiLoCo's. Bytes are
-those between sites. Flat DiLoCo is credited with the cheapest all-reduce there is, and with its
-float32 coded without loss (`mixing.Crossing.ring`): any real one sends more.
+product's way, a group at each site and gossip between them, all in q4 and with short rounds, since
+what groups send inside crosses no border. Bytes are those between sites. Flat DiLoCo is credited
+with the cheapest all-reduce there is, and with its float32 coded without loss
+(`mixing.Crossing.ring`): any real one sends more.
 
 Inner settings are the product's defaults, the same for all; outer ones are tuned for each H
-(`learning_tuning`), on another seed. A full run also draws
+of flat DiLoCo, and once for groups (`learning_tuning`), on another seed. A full run also draws
 docs/results/learning-groups.svg. It goes on where a killed one was (`kept`).
 """
 
@@ -30,12 +30,12 @@ INNER_LR: Final = 1e-3
 GOSSIP_EVERY: Final = 3
 """Of flat DiLoCo's rounds: as often as a tenth of its bytes allows, as every group begins mixes."""
 OUTER: Final[Mapping[str, Mapping[int, tuple[float, float]]]] = {
-    "near": {25: (1.0, 0.0)},
+    "near": {25: (1.4, 0.0)},
     "flat": {10: (0.7, 0.5), 25: (0.7, 0.5), 100: (0.7, 0.9)},
 }
-"""Outer rate and momentum by H: for groups with rounds of `NEAR` steps (at the middle H, and for
-groups in general), and for one group of all. `learning --part tuning` starts from them, and says
-for each whether one beside it is better."""
+"""Outer rate and momentum by H: for groups, whose rounds have `NEAR` steps at every H (so the
+middle one's serve for all), and for one group of all. `learning --part tuning` starts from them,
+and says for each whether one beside it is better."""
 HS: Final = tuple(OUTER["flat"])
 
 QUICK: Final = Size(
@@ -46,7 +46,6 @@ QUICK_H: Final = 5
 
 _SEEDS: Final = 3
 _MIDDLE: Final = 25  # the H at which everything else is looked at
-_HOT_LR: Final = 3e-3
 NEAR: Final = 5
 """Steps in a round inside a group whose peers are near."""
 _KINDS: Final = (("flat", "flat"), ("gossip", "near"))
@@ -69,20 +68,14 @@ def trials(seed: int, size: Size, hs: Sequence[int]) -> list[Trial]:
     for h in hs:
         found += [in_rounds(plain, *kind, h) for kind in _KINDS]
     found += [in_rounds(plain, way, "near", middle) for way in ("lossy", "none")]
-    found.append(in_rounds(plain, "gossip", "groups", middle))
-    for other in (replace(plain, shards="sites"), replace(plain, inner_lr=_HOT_LR)):
-        found += [in_rounds(other, *kind, middle) for kind in _KINDS]
-        found.append(in_rounds(other, "none", "near", middle))
     return list(dict.fromkeys(found))
 
 
 def in_rounds(plain: Trial, way: str, kind: str, h: int) -> Trial:
     """`plain` with exchanges between sites as often as flat DiLoCo with rounds of `h` steps has
-    them, or every third of them if groups gossip. `kind`: a key of `OUTER`, or "groups" with rounds of `h`
-    steps.
+    them, or every third of them if groups gossip. `kind`: a key of `OUTER`.
     """
-    settings = OUTER["near" if kind == "groups" else kind]
-    lr, momentum = settings.get(h, settings[_MIDDLE])
+    lr, momentum = OUTER[kind].get(h, OUTER[kind][_MIDDLE])
     steps = NEAR if kind == "near" else h
     mixes = 0 if way in ("flat", "none") else GOSSIP_EVERY * h // steps
     return replace(plain, way=way, h=steps, outer_lr=lr, momentum=momentum, gossip_every=mixes)
@@ -194,10 +187,12 @@ def _notes(table: Table, seeds: range) -> list[str]:
         "everybody's samples. The inner rate is constant after 20 steps of warm-up."
     )
     rounds = (
-        "Outer Nesterov: from the grid of `python -m tests.bench learning --part tuning`, at each "
-        "H, for flat DiLoCo and for groups each its own. "
-        "Groups mix what they hold after a round; that arrives with the borrower's next average "
-        "and the lender's after it."
+        "Outer Nesterov: from `python -m tests.bench learning --part tuning`, for flat DiLoCo at "
+        f"each H; for groups, whose rounds have {NEAR} steps whatever H is, at H = {_MIDDLE}. "
+        "Every group begins a mix of each slot of the state as often as the table says, each at "
+        "its own time, with another one at random (`tests/bench/mixing.py`), as the product does; "
+        "what a group holds after a round arrives with the borrower's next average and the "
+        "lender's after it."
     )
     losses = (
         f"Loss: nats per byte on {size.last_samples} held-out samples, of each group's own "
@@ -209,16 +204,12 @@ def _notes(table: Table, seeds: range) -> list[str]:
         f"{crossing.ring} vectors (sums inside sites first, then a ring among sites), and that is "
         f"what flat DiLoCo is charged, at {coded / one.parameters:.2f} bytes per value, coded "
         "without loss (DDP: 4, raw). With aggregators at every peer it would be "
-        f"{crossing.aggregators:g} vectors. A mix of a pair of groups: 1 byte per value and vector "
-        "for what is lent (parameters and momentum), and the difference in q4, once. Control "
+        f"{crossing.aggregators:g} vectors. A mix: the loan (6 bits a value, 8 the first time) one "
+        "way and the difference in q4 the other, as the product's `UnitMixer` codes them, of "
+        "every mix that any group began; parameters only, as there is no outer momentum. Control "
         "messages are not counted."
     )
-    hot = (
-        f"Rows with an inner rate of {_HOT_LR:g} hold no bar: they show what becomes of the "
-        "comparison where steps are larger and an average of 16 is worth more than one of 4; how "
-        "much more, groups without gossip tell."
-    )
-    return [setting, rounds, losses, traffic, hot]
+    return [setting, rounds, losses, traffic]
 
 
 def draw(table: Table) -> str:
