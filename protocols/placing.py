@@ -16,7 +16,8 @@ from protocols.membership import Membership, Neighbour
 from protocols.types import PeerId
 
 SAMPLE_S: Final = 5.0
-FIT_S: Final = 1.0  # a newcomer's coordinate is fitted anew this often while samples come in
+FIT_S: Final = 1.0  # a newcomer's coordinate is fitted anew this often while samples come in ...
+FIT_SHARE: Final = 1 / 12  # ... and, where it stays unsure, after so much of the time so far
 FIT_PEERS_MAX: Final = 32
 SAMPLES_MIN: Final = 4  # three dimensions and a height are not determined by fewer ...
 PLACE_WAIT_S: Final = 10.0  # ... but where there are fewer peers, it is not worth waiting
@@ -53,7 +54,7 @@ class Placing:
         self._samples += 1
         if self.latest.error <= FIT_ERROR:
             self.latest = update(self._me, self.latest, trip)
-        elif now_s - self._fitted_s >= FIT_S:
+        elif now_s - self._fitted_s >= max(FIT_S, FIT_SHARE * (now_s - self._started_s)):
             self._fitted_s = now_s
             recent = sorted(self._members.everybody(), key=lambda n: -n.sampled_s)[:FIT_PEERS_MAX]
             trips = [t for n in recent if n.sampled_s > 0 and (t := _trip(n)) is not None]
