@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from peer.exchange import Outcome, included_units
+from peer.exchange import ROUNDS_HELD_MAX, Outcome, included_units
 from peer.observe import events as ev
 from peer.simulate.learner import WIDTH, History, read_unit
 from protocols import limits
@@ -38,7 +38,7 @@ TABLES: Final[dict[str, int]] = {
     "driver._due": 8,
     "driver._sent": 1,
     "exchange._spans": 3 * limits.AGGREGATORS_MAX,
-    "exchange._outcomes": limits.OUTCOME_ROUNDS_KEPT + 2,
+    "exchange._outcomes": ROUNDS_HELD_MAX,
     "exchange._bandwidth_bps": limits.ROSTER_MAX,
     "transport._streams": limits.STREAMS_MAX + 8 * limits.ROSTER_MAX,
     "transport._serving": limits.STREAMS_MAX + 1,
