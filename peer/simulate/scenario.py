@@ -101,6 +101,9 @@ class Scenario:
     members_max: int = 16
     aggregators_max: int = 4
     quorum: float = 0.5
+    gossip_every: int = 0
+    """Rounds between two mixes of the same slot with another group; 0: groups stay apart."""
+    gossip_slots: int = 4
     entrances: int = 2
     """Bootstrap nodes."""
     loss: float = 0.0
@@ -199,7 +202,12 @@ def draw(
     share = rng.choice((0.01, 0.1, 0.1))
     whole_bytes = share * min(bare.round_s, bare.exchange_s) * bare.slowest_bps() / 8
     unit_bytes = max(200, int(whole_bytes / bare.units))
-    return replace(bare, load=Load(unit_bytes=unit_bytes, state_bytes=8 * unit_bytes * bare.units))
+    return replace(
+        bare,
+        load=Load(unit_bytes=unit_bytes, state_bytes=8 * unit_bytes * bare.units),
+        gossip_every=rng.choice((0, 1, 2, 4)),
+        gossip_slots=rng.choice((1, 2, 4)),
+    )
 
 
 def draw_faults(

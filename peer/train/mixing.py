@@ -14,7 +14,7 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 
@@ -39,6 +39,16 @@ class Difference:
     payload: bytes
     ratios: tuple[float, ...]
     """Each vector's distance, in root mean squares of our last vector (the momentum)."""
+
+
+class Mixer(Protocol):
+    """What gossip needs of this arithmetic; `UnitMixer` says what each means."""
+
+    def lend(self, state_VU: Float32, hints: Sequence[float], *, exact: bool = False) -> bytes: ...
+
+    def difference(self, unit: int, ours_VU: Float32, lent: bytes) -> Difference: ...
+
+    def check(self, unit: int, payload: bytes) -> None: ...
 
 
 class UnitMixer:
@@ -145,4 +155,4 @@ def _read_lent(frame: bytes, ours_U: Float32) -> Float32:
     return theirs_U
 
 
-__all__ = ["RATIO", "Difference", "TooFarError", "UnitMixer", "add_mix"]
+__all__ = ["RATIO", "Difference", "Mixer", "TooFarError", "UnitMixer", "add_mix"]
