@@ -336,7 +336,7 @@ class Judge:
             if machine is None or node.frozen or node.spec.lie or world.is_cut_off(node):
                 continue
             calm_s = world.now_s - self.watch(node).calm_since_s
-            if machine.ready and calm_s > self._heal_s:
+            if machine.ready and not machine.visiting and calm_s > self._heal_s:
                 groups.setdefault(machine.group, []).append(node)
         for group, nodes in groups.items():
             rounds = [n.group.round for n in nodes if n.group is not None]
