@@ -65,6 +65,7 @@ LATER: Final = 1
 HAVE: Final = 2
 NO: Final = 3
 
+ROUNDS_HELD_MAX: Final = limits.OUTCOME_ROUNDS_KEPT + 2  # those kept, and two in the making
 RIVALS_MAX: Final = 4  # outcomes of one span: its aggregators, one after another
 BATCH_UNITS: Final = 8  # half a million values: a few milliseconds of codec work at a time
 REASON_BYTES_MAX: Final = 2048
@@ -420,8 +421,17 @@ class Exchange:
             state.closed = True
 
     def hold(self, outcome: Outcome) -> None:
-        """Keep an outcome; of one span only the latest few."""
-        held = self._outcomes.setdefault(outcome.header.round, [])
+        """Keep an outcome; of one span only the latest few, of rounds those that we may serve.
+
+        Who is healed by a leap holds what it had and what comes after it: the oldest round goes.
+        """
+        number = outcome.header.round
+        if number not in self._outcomes and len(self._outcomes) >= ROUNDS_HELD_MAX:
+            oldest = min(self._outcomes)
+            if number < oldest:
+                return
+            del self._outcomes[oldest]
+        held = self._outcomes.setdefault(number, [])
         if self.find(outcome.header) is not None:
             return
         rivals = [o for o in held if o.header.start == outcome.header.start]

@@ -37,7 +37,7 @@ from peer.exchange import (
 from peer.net.transport import Stream, Transport, TransportError
 from peer.observe import events as ev
 from peer.riding import Riding, payload_of
-from peer.train.mixing import TooFarError, UnitMixer
+from peer.train.mixing import Mixer, TooFarError
 from peer.train.mixtable import MixTable
 from protocols import limits
 from protocols.errors import RemoteProtocolError
@@ -156,7 +156,7 @@ class Mixing:
         host: Host,
         directory: Directory,
         learner: MixingLearner,
-        mixer: UnitMixer,
+        mixer: Mixer,
     ) -> None:
         self.machine = machine
         self._host = host

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from peer.train.composite import Mix, compose, split
-from peer.train.mixing import UnitMixer
+from peer.train.mixing import Mixer
 from peer.train.mixtable import MixTable
 from protocols import limits
 from protocols.errors import RemoteProtocolError
@@ -69,7 +69,7 @@ class Board:
 class Riding:
     """See the module. In the event loop, but for what says otherwise."""
 
-    def __init__(self, machine: GossipMachine, mixer: UnitMixer, table: MixTable) -> None:
+    def __init__(self, machine: GossipMachine, mixer: Mixer, table: MixTable) -> None:
         """`table`: the state's own; only looked at."""
         self._machine = machine
         self._mixer = mixer

@@ -25,7 +25,8 @@ RTT_S_MIN: Final = 2e-4  # below this the machine is measured, not the network
 ERROR_MIN: Final = 0.02  # nobody is surer than this: a claim of no error would fix us to a liar
 STEP_S_MAX: Final = 0.1  # by one who knows nothing; who is settled moves by a part of that:
 # one liar who claims to be far and near at once would else throw us by its whole distance
-FIT_SWEEPS: Final = 60  # a newcomer's passes over its first round trips; 16 of them take 10 ms
+FIT_SWEEPS: Final = 60  # a newcomer's passes over its first round trips; 16 of them take 1 ms
+FIT_STILL: Final = 2e-5  # a pass that changes less (in seconds, and of the error) is the last
 FIT_ERROR: Final = 0.5  # above it a coordinate is still a newcomer's: fitted, not nudged
 
 
@@ -64,11 +65,8 @@ class RoundTrip:
 
 def distance_s(one: Coordinate, other: Coordinate) -> float:
     """The predicted round trip."""
-    return _flat_s(one, other) + one.height_s + other.height_s
-
-
-def _flat_s(one: Coordinate, other: Coordinate) -> float:
-    return math.hypot(one.x_s - other.x_s, one.y_s - other.y_s, one.z_s - other.z_s)
+    flat_s = math.hypot(one.x_s - other.x_s, one.y_s - other.y_s, one.z_s - other.z_s)
+    return flat_s + one.height_s + other.height_s
 
 
 def update(me: PeerId, mine: Coordinate, trip: RoundTrip) -> Coordinate:
@@ -78,31 +76,7 @@ def update(me: PeerId, mine: Coordinate, trip: RoundTrip) -> Coordinate:
     """
     if not (math.isfinite(trip.rtt_s) and trip.rtt_s > 0):
         return mine
-    rtt_s = min(max(trip.rtt_s, RTT_S_MIN), limits.RTT_S_MAX)
-    theirs = trip.coordinate
-    their_error = max(theirs.error, ERROR_MIN)
-    share = mine.error / (mine.error + their_error) if mine.error > 0 else 0.0
-    predicted_s = distance_s(mine, theirs)
-    wrong = min(1.0, abs(predicted_s - rtt_s) / rtt_s)
-    error = wrong * GAIN * share + mine.error * (1 - GAIN * share)
-    step_s = GAIN * share * (rtt_s - predicted_s)
-    most_s = STEP_S_MAX * mine.error
-    step_s = min(max(step_s, -most_s), most_s)
-    flat_s = _flat_s(mine, theirs)
-    if flat_s > 0:
-        axis = [(a - b) / flat_s for a, b in _axes(mine, theirs)]
-    else:
-        axis = _direction(me, trip.peer)
-    # A unit vector of the height model: the flat part points away, heights always add.
-    length_s = flat_s + mine.height_s + theirs.height_s
-    lean = flat_s / length_s if flat_s > 0 else 1.0
-    rise = (mine.height_s + theirs.height_s) / length_s
-    x_s, y_s, z_s = (
-        _bounded(old + step_s * lean * part)
-        for old, part in zip((mine.x_s, mine.y_s, mine.z_s), axis, strict=True)
-    )
-    height_s = min(max(mine.height_s + step_s * rise, HEIGHT_S_MIN), limits.COORDINATE_S_MAX)
-    return Coordinate(x_s, y_s, z_s, height_s, min(max(error, ERROR_MIN), 1.0))
+    return Coordinate(*_nudged(me, _flat(mine), trip.peer, _rtt_s(trip), _flat(trip.coordinate)))
 
 
 def fit(me: PeerId, start: Coordinate, trips: Sequence[RoundTrip]) -> Coordinate:
@@ -111,23 +85,65 @@ def fit(me: PeerId, start: Coordinate, trips: Sequence[RoundTrip]) -> Coordinate
     Without it a peer would spend minutes at places where it is not, and call on the wrong
     neighbours. The error that comes out is at least one part in as many as there are samples.
     """
-    if not trips:
+    samples = [
+        (trip.peer, _rtt_s(trip), _flat(trip.coordinate))
+        for trip in trips
+        if math.isfinite(trip.rtt_s) and trip.rtt_s > 0
+    ]
+    if not samples:
         return start
-    found = start
+    found = _flat(start)
     for _ in range(FIT_SWEEPS):
-        for trip in trips:
-            found = update(me, found, trip)
+        before = found
+        for peer, rtt_s, theirs in samples:
+            found = _nudged(me, found, peer, rtt_s, theirs)
+        if max(abs(a - b) for a, b in zip(before, found, strict=True)) < FIT_STILL:
+            break
     # Repeating a few samples proves nothing; with few of them the point is not determined.
-    error = max(found.error, 1.0 / (1 + len(trips)))
-    return Coordinate(found.x_s, found.y_s, found.z_s, found.height_s, error)
+    x_s, y_s, z_s, height_s, error = found
+    return Coordinate(x_s, y_s, z_s, height_s, max(error, 1.0 / (1 + len(samples))))
 
 
-def _axes(one: Coordinate, other: Coordinate) -> list[tuple[float, float]]:
-    return [(one.x_s, other.x_s), (one.y_s, other.y_s), (one.z_s, other.z_s)]
+Flat = tuple[float, float, float, float, float]
+"""A coordinate's fields; a fit makes a thousand of them."""
 
 
-def _bounded(value_s: float) -> float:
-    return min(max(value_s, -limits.COORDINATE_S_MAX), limits.COORDINATE_S_MAX)
+def _flat(coordinate: Coordinate) -> Flat:
+    c = coordinate
+    return c.x_s, c.y_s, c.z_s, c.height_s, c.error
+
+
+def _rtt_s(trip: RoundTrip) -> float:
+    return min(max(trip.rtt_s, RTT_S_MIN), limits.RTT_S_MAX)
+
+
+def _nudged(me: PeerId, mine: Flat, peer: PeerId, rtt_s: float, theirs: Flat) -> Flat:
+    x_s, y_s, z_s, height_s, error = mine
+    their_x_s, their_y_s, their_z_s, their_height_s, their_error = theirs
+    dx_s, dy_s, dz_s = x_s - their_x_s, y_s - their_y_s, z_s - their_z_s
+    flat_s = math.sqrt(dx_s * dx_s + dy_s * dy_s + dz_s * dz_s)
+    heights_s = height_s + their_height_s
+    length_s = flat_s + heights_s  # which is the predicted round trip
+    share = error / (error + max(their_error, ERROR_MIN)) if error > 0 else 0.0
+    gain = GAIN * share
+    wrong = min(1.0, abs(length_s - rtt_s) / rtt_s)
+    most_s = STEP_S_MAX * error
+    step_s = min(max(gain * (rtt_s - length_s), -most_s), most_s)
+    # A unit vector of the height model: the flat part points away, heights always add.
+    if flat_s > 0:
+        push = step_s / length_s
+        dx_s, dy_s, dz_s = push * dx_s, push * dy_s, push * dz_s
+    else:
+        dx_s, dy_s, dz_s = (step_s * part for part in _direction(me, peer))
+    bound_s = limits.COORDINATE_S_MAX
+    rise_s = step_s * heights_s / length_s
+    return (
+        min(max(x_s + dx_s, -bound_s), bound_s),
+        min(max(y_s + dy_s, -bound_s), bound_s),
+        min(max(z_s + dz_s, -bound_s), bound_s),
+        min(max(height_s + rise_s, HEIGHT_S_MIN), bound_s),
+        min(max(wrong * gain + error * (1 - gain), ERROR_MIN), 1.0),
+    )
 
 
 def _direction(me: PeerId, other: PeerId) -> list[float]:

@@ -119,6 +119,11 @@ class GroupMachine:
         return self._here.ready
 
     @property
+    def visiting(self) -> bool:
+        """Whether we came from another group and do not stand at this one's state yet."""
+        return self._here.visiting
+
+    @property
     def leaving(self) -> bool:
         """Whether goodbye was said: nothing new begins."""
         return self._here.leaving

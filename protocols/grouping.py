@@ -227,6 +227,7 @@ def propose(
     gaps_s = [gap for m in mine if (gap := gap_s(me, m, {})) is not None]
     if len(gaps_s) >= 3 and max(gaps_s) > APART_S and _lies_apart(everybody):
         return _parted(me, everybody, "apart")
+    gaps_s = [gap for m in mine if (gap := gap_s(me, m, rtt_s)) is not None]
     own_s = median(gaps_s) if gaps_s else None
     small = 4 * len(everybody) <= members_max
     if not lonely and not (small and mine) and (own_s is None or own_s <= FAR_S):
@@ -236,7 +237,7 @@ def propose(
         if group and group != me.group and not record.site:
             groups.setdefault(group, []).append(record)
     if own_s is not None and own_s > FAR_S:
-        found = _nearer(me, own_s, groups, members_max)
+        found = _nearer(me, own_s, groups, rtt_s, members_max)
         if found is not None:
             return Proposal(found, "far")
     if small and mine:
@@ -271,11 +272,16 @@ def _nearer(
     me: PeerRecord,
     own_s: float,
     groups: Mapping[GroupName, list[PeerRecord]],
+    rtt_s: Mapping[PeerId, float],
     members_max: int,
 ) -> GroupName | None:
+    """By our own measurements, of two members if there are: coordinates say whom to measure."""
     best: tuple[float, GroupName] | None = None
     for name, members in groups.items():
-        there_s = _gaps_s([me], members)
+        known = [rtt_s[m.peer] for m in members if m.peer in rtt_s]
+        if len(known) < min(2, len(members)):
+            continue
+        there_s = median(known)
         if there_s < own_s / 2 and own_s - there_s > FAR_S and size_of(members) < members_max:
             best = min(best or (there_s, name), (there_s, name))
     return best[1] if best is not None else None

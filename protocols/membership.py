@@ -19,6 +19,7 @@ from protocols.records import PeerRecord
 from protocols.types import Digest, GroupName, PeerId
 
 FAILURES_MAX: Final = 2
+RTTS_KEPT: Final = 6  # a changed link is believed after so many calls
 
 
 @dataclass(slots=True)
@@ -46,6 +47,8 @@ class Neighbour:
     agreed: int = -1
     """The latest round at whose start its digest was ours; -1: never seen."""
     rtt_s: float | None = None
+    """The smallest of the last few round trips: a busy machine inflates the others."""
+    rtts_s: tuple[float, ...] = ()
     sampled_s: float = float("-inf")
     """When its round trip last counted for our coordinate."""
 
@@ -148,9 +151,8 @@ class Membership:
     def delivered(self, peer: PeerId, rtt_s: float) -> None:
         known = self._table.get(peer)
         if known is not None:
-            # The smallest of the recent ones: a busy machine inflates the others.
-            old = known.rtt_s
-            known.rtt_s = rtt_s if old is None else min(rtt_s, old * 1.05 + 1e-4)
+            known.rtts_s = (*known.rtts_s[1 - RTTS_KEPT :], rtt_s)
+            known.rtt_s = min(known.rtts_s)
             known.failures = 0
 
     def undelivered(self, peer: PeerId) -> bool:

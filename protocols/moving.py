@@ -19,7 +19,7 @@ from protocols.events import Effect, PublishRecord
 from protocols.grouping import Grouping
 from protocols.healing import Healing
 from protocols.membership import Neighbour
-from protocols.placing import Placing
+from protocols.placing import Placing, measured_s, whom_to_measure
 from protocols.standing import SETTLE_S, Standing
 from protocols.types import GroupName
 
@@ -48,6 +48,8 @@ class Moving:
         self._look_s = now_s
         self._looked_s = now_s
         self._stranger_s = now_s
+        self._near = False
+        """Whether the last stranger that we measured was a near one."""
         self._came_alone = True
 
     def regroup(self, now_s: float) -> list[Effect]:
@@ -70,7 +72,7 @@ class Moving:
         self._look_s = now_s + (REVIEW_S if content else LOOK_S)
         effects += self._sound_out(now_s) if not company else []
         others = [(n.record, n.group) for n in self._candidates(company, now_s)]
-        rtts = {n.record.peer: n.rtt_s for n in here.members.everybody() if n.rtt_s is not None}
+        rtts = measured_s(here.members.everybody(), now_s)
         mine = replace(
             here.record.record,
             group=here.group,
@@ -150,8 +152,8 @@ class Moving:
         return effects
 
     def meet_a_stranger(self, now_s: float) -> list[Effect]:
-        """Measure somebody of another group, in turn: with only its own group's round trips a
-        group would drift off the map as one."""
+        """Measure somebody of another group, a far one and a near one in turn: with only its own
+        group's round trips a group would drift off the map as one."""
         here = self._here
         if now_s < self._stranger_s or not here.group:
             return []
@@ -162,7 +164,8 @@ class Moving:
             if n.group != here.group and not n.left and not n.suspected
             and now_s - n.seen_s < limits.RECORD_TTL_S
         ]  # fmt: skip
-        first = min(strangers, key=lambda n: (n.hailed_s, n.record.peer), default=None)
+        self._near = not self._near
+        first = whom_to_measure(self._placing.latest, strangers, now_s, near=self._near)
         if first is None:
             return []
         first.hailed_s = now_s

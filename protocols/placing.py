@@ -9,15 +9,29 @@ are computed from it, and a trembling one would make them tremble.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from statistics import median
 from typing import Final
 
-from protocols.coordinates import FIT_ERROR, Coordinate, RoundTrip, fit, update
+from protocols import limits
+from protocols.coordinates import FIT_ERROR, Coordinate, RoundTrip, distance_s, fit, update
 from protocols.membership import Membership, Neighbour
-from protocols.types import PeerId
+from protocols.types import GroupName, PeerId
 
 SAMPLE_S: Final = 5.0
-FIT_S: Final = 1.0  # a newcomer's coordinate is fitted anew this often while samples come in
+FIT_S: Final = 1.0  # a newcomer's coordinate is fitted anew this often while samples come in ...
+FIT_SHARE: Final = 1 / 12  # ... and, where it stays unsure, after so much of the time so far
 FIT_PEERS_MAX: Final = 32
+FIT_GROUP_MAX: Final = 4  # of one group, if we know others
+FIT_WINDOW_S: Final = 240.0  # older round trips may be those of another place
+LOST: Final = 0.4  # who is usually so far out, relatively, has been moved,
+LOST_NEAR: Final = 1.0  # and who is so far out for
+NEAREST: Final = 3  # those who answer quickest, too
+NOISE_S: Final = 0.020  # by more than this, or it is a busy machine
+NEAR_AGAIN_S: Final = 120.0  # between two round trips to the same near stranger
+CHECK_S: Final = 15.0  # how often a settled coordinate is asked whether it is right at all
+CHECK_MIN: Final = 6  # by so many round trips
 SAMPLES_MIN: Final = 4  # three dimensions and a height are not determined by fewer ...
 PLACE_WAIT_S: Final = 10.0  # ... but where there are fewer peers, it is not worth waiting
 STEADY_S: Final = 0.003  # smaller moves are noise, and told to nobody
@@ -33,6 +47,7 @@ class Placing:
         self._members = members
         self._started_s = now_s
         self._fitted_s = -math.inf
+        self._checked_s = now_s
         self._told_s = -math.inf
         self._samples = 0
         self.placed_s = math.inf
@@ -53,11 +68,47 @@ class Placing:
         self._samples += 1
         if self.latest.error <= FIT_ERROR:
             self.latest = update(self._me, self.latest, trip)
-        elif now_s - self._fitted_s >= FIT_S:
+            if now_s - self._checked_s >= CHECK_S:
+                self._checked_s = now_s
+                self._check(now_s)
+        elif now_s - self._fitted_s >= max(FIT_S, FIT_SHARE * (now_s - self._started_s)):
             self._fitted_s = now_s
-            recent = sorted(self._members.everybody(), key=lambda n: -n.sampled_s)[:FIT_PEERS_MAX]
-            trips = [t for n in recent if n.sampled_s > 0 and (t := _trip(n)) is not None]
-            self.latest = fit(self._me, self.latest, trips)
+            self._fit(self._recent(now_s))
+
+    def _check(self, now_s: float) -> None:
+        """Begin anew where most of the predictions are wrong, or those of the nearest."""
+        trips = self._recent(now_s)
+        if len(trips) < CHECK_MIN:
+            return
+        off = [
+            (t.rtt_s, abs(gap_s - t.rtt_s) / t.rtt_s if abs(gap_s - t.rtt_s) > NOISE_S else 0.0)
+            for t in trips
+            if (gap_s := distance_s(self.latest, t.coordinate)) > 0
+        ]
+        nearest = [wrong for _, wrong in sorted(off)[:NEAREST]]
+        if median(wrong for _, wrong in off) > LOST or median(nearest) > LOST_NEAR:
+            self._fit(trips)
+
+    def _fit(self, trips: list[RoundTrip]) -> None:
+        """Fit, beginning where the nearest stands: far ones alone allow mirror images."""
+        nearest = min(trips, key=lambda t: t.rtt_s, default=None)
+        if nearest is not None:
+            start = replace(nearest.coordinate, error=1.0)
+            self.latest = fit(self._me, start, trips)
+
+    def _recent(self, now_s: float) -> list[RoundTrip]:
+        """The latest round trips, few of each group."""
+        trips: list[RoundTrip] = []
+        groups: dict[GroupName, int] = {}
+        for known in sorted(self._members.everybody(), key=lambda n: -n.sampled_s):
+            if now_s - known.sampled_s > FIT_WINDOW_S or len(trips) >= FIT_PEERS_MAX:
+                break
+            taken = groups.get(known.group, 0) if known.group else 0
+            trip = _trip(known)
+            if taken < FIT_GROUP_MAX and trip is not None:
+                groups[known.group] = taken + 1
+                trips.append(trip)
+        return trips
 
     def news(self, now_s: float) -> bool:
         """Bring `told` up to date; True if others should hear of it soon."""
@@ -75,6 +126,40 @@ class Placing:
             return False
         self.told, self._told_s = self.latest, now_s
         return moved_s >= MOVED_S
+
+
+def whom_to_measure(
+    mine: Coordinate | None, strangers: Sequence[Neighbour], now_s: float, *, near: bool
+) -> Neighbour | None:
+    """Of `strangers` the one who was asked longest ago, or the nearest one not asked lately.
+
+    Far ones hold the map together; near ones tell who has moved here that it has.
+    """
+    placed = [n for n in strangers if now_s - n.hailed_s > NEAR_AGAIN_S]
+    if not near or mine is None or not placed:
+        return min(strangers, key=lambda n: (n.hailed_s, n.record.peer), default=None)
+    # What was measured of somebody's group says more than the coordinate of somebody lost.
+    quickest: dict[GroupName, float] = {}
+    for n in strangers:
+        if n.group and n.rtt_s is not None and now_s - n.hailed_s <= FIT_WINDOW_S:
+            quickest[n.group] = min(n.rtt_s, quickest.get(n.group, math.inf))
+
+    def guess_s(n: Neighbour) -> float:
+        at = n.record.coordinate
+        by_map_s = distance_s(mine, at) if at is not None else math.inf
+        return quickest.get(n.group, by_map_s)
+
+    return min(placed, key=lambda n: (guess_s(n), n.record.peer))
+
+
+def measured_s(known: Iterable[Neighbour], now_s: float) -> dict[PeerId, float]:
+    """Round trips to choose a group by: an old one may be that of another place."""
+    fresh_s = max(FIT_WINDOW_S, 2 * limits.HEARTBEAT_S_MAX)
+    return {
+        n.record.peer: n.rtt_s
+        for n in known
+        if n.rtt_s is not None and now_s - n.hailed_s <= fresh_s
+    }
 
 
 def _trip(known: Neighbour) -> RoundTrip | None:

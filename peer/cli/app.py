@@ -173,7 +173,7 @@ def simulate(
         int | None, typer.Option(help="How many.", show_default="2 to 64, drawn")
     ] = None,
     minutes: Annotated[
-        float | None, typer.Option(help="Simulated time.", show_default="3 to 5, drawn")
+        float | None, typer.Option(help="Simulated time.", show_default="2.5 to 4, drawn")
     ] = None,
     faults_per_hour: Annotated[
         float | None,

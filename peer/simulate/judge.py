@@ -6,6 +6,7 @@ all the time that
 - a span of an epoch has at most one outcome, whoever applies it;
 - a mean is exactly that of the contributors in its proof, so that no mass is made or lost;
 - no work is applied twice to any state;
+- mixes between groups happen on both sides or on neither (`mixes`);
 - peers of a group that stand at the same round and can talk agree on the state, or heal soon;
 - a round ends by its deadline, and a newcomer gets the state;
 - every queue and table stays within its bound.
@@ -18,9 +19,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from peer.exchange import Outcome, included_units
+from peer.exchange import ROUNDS_HELD_MAX, Outcome, included_units
 from peer.observe import events as ev
-from peer.simulate.learner import WIDTH, History, read_unit
+from peer.simulate.books import WIDTH, History, read_unit
+from peer.simulate.mixes import MixFigures, MixJudge
 from protocols import limits
 from protocols.messages import Plan
 
@@ -38,10 +40,20 @@ TABLES: Final[dict[str, int]] = {
     "driver._due": 8,
     "driver._sent": 1,
     "exchange._spans": 3 * limits.AGGREGATORS_MAX,
-    "exchange._outcomes": limits.OUTCOME_ROUNDS_KEPT + 2,
+    "exchange._outcomes": ROUNDS_HELD_MAX,
     "exchange._bandwidth_bps": limits.ROSTER_MAX,
     "transport._streams": limits.STREAMS_MAX + 8 * limits.ROSTER_MAX,
     "transport._serving": limits.STREAMS_MAX + 1,
+    "mixing._debts": 2 * limits.CARRIED_MIXES_MAX,
+    "mixing._hints": limits.GOSSIP_SLOTS_MAX,
+    "gossip.carried": limits.CARRIED_MIXES_MAX,
+    "gossip._debts": limits.CARRIED_MIXES_MAX,
+    "gossip._leases": limits.CARRIED_MIXES_MAX,
+    "gossip._open": 4 * limits.CARRIED_MIXES_MAX,
+    "gossip._attempts": limits.GOSSIP_SLOTS_MAX,
+    "gossip._roster_ever": 16 * limits.GROUP_MEMBERS_MAX,
+    "riding.payloads": 2 * limits.CARRIED_MIXES_MAX,
+    "riding._admitted": 4 * limits.LOANS_MAX,
 }
 """Tables keyed by others, and the most they may hold."""
 
@@ -93,6 +105,8 @@ class Judge:
         self.rounds: list[RoundFact] = []
         self.exchanges: list[tuple[float, int, float]] = []
         """(when, peer, seconds from contributions due to round applied), every peer and round."""
+        self.mixes = MixJudge(world, self._blame)
+        self.mix_figures = MixFigures()
         self._world = world
         self._watches: dict[int, _Watch] = {}
         self._contents: dict[tuple[str, int, int, int, str], bytes] = {}
@@ -130,6 +144,7 @@ class Judge:
         elif isinstance(event, ev.StateReceived):
             watch.moved_s = self._world.now_s
             watch.due_s = math.inf
+        self.mixes.told(event)
 
     def applied(
         self,
@@ -152,7 +167,9 @@ class Judge:
             self._blame("applied once", node, f"round {number} on a state of {before.round}")
         for outcome in outcomes:
             self._one_content(node, outcome)
-        if after.digest not in self._seen:
+        new = after.digest not in self._seen
+        self.mixes.applied(node, outcomes, before, after, new=new)
+        if new:
             self._seen[after.digest] = None
             self._weigh(node, outcomes, before)
             self._note_round(node, number, outcomes, plan, before, after)
@@ -183,11 +200,12 @@ class Judge:
                 proven = {p: c for p, c in zip(masks, header.contributors, strict=True)
                           if masks[p][at]}  # fmt: skip
                 where = f"unit {header.start + at} of round {header.round}"
-                if not payload:
+                mean, _ = books.parts(payload)
+                if not mean:
                     if proven:
                         self._blame("mass is conserved", node, f"{where}: a proof of nothing")
                     continue
-                unit = read_unit(payload)
+                unit = read_unit(mean)
                 total, sums = 0.0, [0.0] * WIDTH
                 for author, number in unit.inside:
                     made = books.contributions.get(author, {}).get(number)
@@ -260,6 +278,7 @@ class Judge:
                 self._blame("nobody stands still", node, f"no round for {still_s:.0f} s")
                 watch.moved_s = now_s
             self._measure(node)
+        self.mixes.look()
         for (group, number), digests in camps.items():
             self._agree(group, number, digests)
 
@@ -291,8 +310,15 @@ class Judge:
         places: dict[str, Any] = {
             "driver": driver, "exchange": driver.exchange, "transport": driver.transport,
         }  # fmt: skip
+        if driver.mixing is not None:
+            places |= {
+                "mixing": driver.mixing, "gossip": driver.mixing.machine,
+                "riding": driver.mixing.riding,
+            }  # fmt: skip
         for name, most in TABLES.items():
             owner, _, attribute = name.partition(".")
+            if owner not in places:
+                continue
             table = getattr(places[owner], attribute, ())
             if len(table) > most:
                 self._blame("tables are bounded", node, f"{name} holds {len(table)} of {most}")
@@ -303,13 +329,14 @@ class Judge:
     def final(self) -> None:
         """After the calm at the end: everybody who lives is in step with its group."""
         world = self._world
+        self.mix_figures = self.mixes.final()
         groups: dict[str, list[Node]] = {}
         for node in world.nodes:
             machine = node.group
             if machine is None or node.frozen or node.spec.lie or world.is_cut_off(node):
                 continue
             calm_s = world.now_s - self.watch(node).calm_since_s
-            if machine.ready and calm_s > self._heal_s:
+            if machine.ready and not machine.visiting and calm_s > self._heal_s:
                 groups.setdefault(machine.group, []).append(node)
         for group, nodes in groups.items():
             rounds = [n.group.round for n in nodes if n.group is not None]

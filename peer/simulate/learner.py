@@ -1,9 +1,7 @@
 """Training without a model: numbers that add up, and a memory of whose work is where.
 
-A unit of the state is a few float64 values, a contribution is a vector made from who did it and
-when, and every coded unit names the contributions inside. So a simulation can ask what no real run
-can: is the mean exactly that of the contributors in its proof, was any work applied twice, whose
-work is inside? On the wire a unit weighs what a real one would.
+A contribution is a vector made from who did it and when, and every coded unit names the
+contributions inside (`books`). On the wire a unit weighs what a real one would.
 
 Shape suffixes: U = units, D = values in a unit.
 """
@@ -11,58 +9,39 @@ Shape suffixes: U = units, D = values in a unit.
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import struct
-import zlib
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
-from weakref import WeakValueDictionary
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from peer.driver import AppliedFacts, Taken
 from peer.exchange import BYTES, UNITS, Outcome, included_units
+from peer.simulate.books import (
+    LENT,
+    NEAR,
+    WIDTH,
+    Books,
+    History,
+    SimContribution,
+    Unit,
+    Values,
+    arrays_of,
+    coded_mass,
+    read_mass,
+    read_unit,
+)
 from peer.simulate.loop import VirtualLoop
-from peer.train.method import ArrayMap
+from peer.train.mixing import Difference
+from peer.train.mixtable import MixTable
 from peer.transfer import Snapshot, TensorNote, describe
 from protocols.messages import Plan
 from protocols.types import Digest, PeerId
 from tensorcodecs import Reduced
+from tensorcodecs.nearby import TooFarError
 
-Values = npt.NDArray[np.float64]
-
-WIDTH: Final = 2  # values in a unit
-STATES_KEPT: Final = 4096  # the latest, of all groups
-CONTRIBUTIONS_KEPT: Final = 64  # per peer; rounds further back can't be caught up with
-_HEAD: Final = struct.Struct(f"<IdI{WIDTH}d")  # checksum, weight, contributions inside, values
-_WHO: Final = struct.Struct("<II")  # machine, its contribution's number
-
-
-@dataclass(frozen=True, slots=True)
-class Unit:
-    """A coded unit, read: a mean, its weight and the contributions inside."""
-
-    weight: float
-    inside: tuple[tuple[int, int], ...]
-    values: tuple[float, ...]
-
-    def coded(self) -> bytes:
-        body = _HEAD.pack(0, self.weight, len(self.inside), *self.values)[4:]
-        body += b"".join(_WHO.pack(*who) for who in self.inside)
-        return zlib.crc32(body).to_bytes(4, "little") + body
-
-
-def read_unit(payload: bytes) -> Unit:
-    """Raises ValueError: it is no coded unit, or was damaged."""
-    if len(payload) < _HEAD.size or (len(payload) - _HEAD.size) % _WHO.size:
-        raise ValueError("not the length of a unit")
-    checksum, weight, count, *values = _HEAD.unpack_from(payload)
-    if zlib.crc32(payload[4:]) != checksum or len(payload) != _HEAD.size + count * _WHO.size:
-        raise ValueError("wrong checksum")
-    return Unit(weight, tuple(_WHO.iter_unpack(payload[_HEAD.size :])), tuple(values))
+FAR_ONE_IN: Final = 8  # differences that are multiples of it
 
 
 class SimReducer:
@@ -94,15 +73,26 @@ class SimReducer:
         return Reduced(mean.coded(), ())
 
 
-@dataclass(eq=False)
-class History:
-    """An outer state: what was applied so far. Shared by all peers that stand there."""
+class SimMixer:
+    """`mixing.Mixer` of whole numbers: what one side adds the other takes away, to the last digit.
 
-    round: int
-    digest: Digest
-    theta_UD: Values
-    works: dict[int, tuple[int, ...]]
-    """Machine -> per unit the numbers of its works inside, as bits."""
+    One lender in so many is too far away from the borrower, and has to show itself exactly.
+    """
+
+    def lend(
+        self, state_SU: npt.NDArray[Any], hints: Sequence[float], *, exact: bool = False
+    ) -> bytes:
+        return coded_mass(int(state_SU[0]), LENT if exact else NEAR)
+
+    def difference(self, unit: int, ours_SU: npt.NDArray[Any], lent: bytes) -> Difference:
+        exact = lent[:4] == LENT
+        gap = read_mass(lent, LENT if exact else NEAR) - int(ours_SU[0])
+        if not exact and gap % FAR_ONE_IN == 0 and gap:
+            raise TooFarError("as far as it pretends to be")
+        return Difference(coded_mass(gap // 2), (1.0,))
+
+    def check(self, unit: int, payload: bytes) -> None:
+        read_mass(payload)
 
 
 @dataclass(eq=False, slots=True)
@@ -113,78 +103,6 @@ class Work:
     tokens: float
     delta_UD: Values
     open_U: npt.NDArray[np.bool_]
-
-
-@dataclass(frozen=True, eq=False)
-class SimContribution:
-    """`method.Contribution`: the sum of a peer's open works."""
-
-    author: int
-    number: int
-    weight: float
-    delta_UD: Values
-    works: tuple[int, ...]
-    """Per unit the numbers of the works inside, as bits."""
-    charge: Callable[[float], None]
-    unit_s: float
-    snr_db: tuple[float, float] | None = None
-
-    def encode(self, start: int, stop: int, codec: str | None = None) -> list[bytes]:
-        self.charge(self.unit_s * (stop - start))
-        who = ((self.author, self.number),)
-        rows = self.delta_UD[start:stop].tolist()
-        return [Unit(self.weight, who, tuple(row)).coded() for row in rows]
-
-
-class Books:
-    """What all simulated peers did: the judge's memory, which none of them can see."""
-
-    def __init__(self, units: int) -> None:
-        self.units = units
-        self.contributions: dict[int, dict[int, SimContribution]] = {}
-        """Machine -> number -> contribution; the latest `CONTRIBUTIONS_KEPT`."""
-        self._states: WeakValueDictionary[bytes, History] = WeakValueDictionary()
-        self._recent: deque[History] = deque(maxlen=STATES_KEPT)
-        """A state may be on its way when everybody has moved on."""
-        zero = np.zeros((units, WIDTH))
-        self.origin = History(0, Digest(hashlib.sha256(b"origin").digest()), zero, {})
-        self._states[self.origin.digest] = self.origin
-
-    def note(self, contribution: SimContribution) -> None:
-        mine = self.contributions.setdefault(contribution.author, {})
-        mine[contribution.number] = contribution
-        mine.pop(contribution.number - CONTRIBUTIONS_KEPT, None)
-
-    def find(self, digest: bytes) -> History | None:
-        return self._states.get(digest)
-
-    def after(self, state: History, outcomes: Sequence[Outcome]) -> History:
-        """The state after a round: computed once for all peers that apply it."""
-        total = hashlib.sha256(state.digest)
-        for outcome in outcomes:
-            total.update(outcome.header.content)
-        digest = Digest(total.digest())
-        known = self._states.get(digest)
-        if known is not None:
-            return known
-        theta_UD = state.theta_UD.copy()
-        works = {who: list(bits) for who, bits in state.works.items()}
-        for outcome in outcomes:
-            for u, payload in enumerate(outcome.units, outcome.header.start):
-                if not payload:
-                    continue
-                unit = read_unit(payload)
-                theta_UD[u] -= unit.values
-                for author, number in unit.inside:
-                    made = self.contributions.get(author, {}).get(number)
-                    if made is not None:
-                        bits = works.setdefault(author, [0] * self.units)
-                        bits[u] |= made.works[u]
-        frozen = {who: tuple(bits) for who, bits in works.items()}
-        new = History(state.round + 1, digest, theta_UD, frozen)
-        self._states[digest] = new
-        self._recent.append(new)
-        return new
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,17 +132,31 @@ def wire_bytes(load: Load, units: int) -> Callable[[int, bytes], int]:
 
     def size(kind: int, payload: bytes) -> int:
         if kind == UNITS:
-            at = count = 0
+            at, count = 0, 0.0
             while at + 8 <= len(payload):
                 length = int.from_bytes(payload[at + 4 : at + 8], "little")
-                count += length > 0
+                count += _weighs(payload[at + 8 : at + 8 + length])
                 at += 8 + length
-            return count * load.unit_bytes + 8
+            return int(count * load.unit_bytes) + 8
         if kind == BYTES:
             return int(len(payload) * scale)
         return len(payload)
 
     return size
+
+
+def _weighs(unit: bytes) -> float:
+    """How many means of one unit it stands for: a mix has parameters and momentum, coded alike."""
+    match unit[:4]:
+        case b"":
+            return 0.0
+        case b"MIX1":
+            return float(unit[4:8] != bytes(4)) + 2.0 * unit[8]
+        case b"HALF":
+            return 2.0
+        case b"NEAR" | b"LENT":
+            return 5.0  # two vectors in eight bits and their steps, where a mean has some three
+    return 1.0
 
 
 @dataclass
@@ -268,13 +200,15 @@ class SimLearner:
         self.state = disk.state or books.origin
         self.restored = disk.state is not None
         self.ticker = Ticker(resume_s=loop.time())
-        self.tensors: tuple[TensorNote, ...] = describe(_arrays(self.state))
+        self.tensors: tuple[TensorNote, ...] = describe(arrays_of(self.state))
         self._machine = machine
         self._me = me
         self._books = books
         self._disk = disk
         self._loop = loop
         self._applied = applied
+        self.mix_table = MixTable(0)
+        self.mix_table.array = self.state.mixes
         self._open: list[Work] = []
         self._frozen: set[int] = set()
         """Works that are in the last contribution."""
@@ -362,7 +296,7 @@ class SimLearner:
             return None
         after = self._books.after(before, outcomes)
         self._applied(number, outcomes, plan, before, after)
-        self.state = after
+        self._stand_at(after)
         mine_U = included_units(outcomes, self._me)
         for work in self._open:
             if work.number in self._frozen:
@@ -375,7 +309,7 @@ class SimLearner:
 
     async def snapshot(self) -> Snapshot:
         await self._between_steps(self.load_.freeze_s)
-        return Snapshot(self.state.round, self.state.digest, _arrays(self.state))
+        return Snapshot(self.state.round, self.state.digest, arrays_of(self.state))
 
     async def load(self, state: Snapshot, step_back: bool, parted: int | None = None) -> bool:
         """Own history is not kept here (`parted`): the books follow each step's work, and work that
@@ -388,16 +322,20 @@ class SimLearner:
             return False
         if not np.array_equal(known.theta_UD, state.arrays["theta"]):
             return False
-        self.state = self._disk.state = known
+        self._stand_at(known)
+        self._disk.state = known
         self._open.clear()
         self._frozen.clear()
         self._taken_s = self.ticker.trained_s
         return True
 
+    def _stand_at(self, state: History) -> None:
+        self.state = state
+        self.mix_table.array = state.mixes
 
-def _arrays(state: History) -> ArrayMap:
-    digest = np.frombuffer(state.digest, np.uint8)
-    return {"digest": digest, "theta": state.theta_UD}
+    def outer(self, start: int, stop: int) -> list[npt.NDArray[Any]]:
+        """See `mixing.MixingLearner`: the masses of units start..stop-1."""
+        return [self.state.mass_U[unit : unit + 1] for unit in range(start, stop)]
 
 
 def _delta(machine: int, number: int, units: int) -> Values:

@@ -16,17 +16,20 @@ from typing import TYPE_CHECKING, Final
 
 from peer.driver import Driver
 from peer.exchange import NO, Exchange, Outcome, refuse
+from peer.mixing import Mixing
 from peer.net.transport import Stream
 from peer.observe import events as ev
 from peer.presence import Presence, PresenceConfig
+from peer.simulate.books import History
 from peer.simulate.directory import SimDirectory
-from peer.simulate.learner import Disk, History, SimLearner, SimReducer
+from peer.simulate.learner import Disk, SimLearner, SimMixer, SimReducer
 from peer.simulate.liars import LyingTransport
 from peer.simulate.loop import PROCESS, LoopClock
 from peer.simulate.network import Machine, SimTransport
 from peer.simulate.scenario import Lie, PeerSpec
 from peer.simulate.signing import FastSigner
 from protocols.events import Leaving, StateReady
+from protocols.gossip import GossipConfig, GossipMachine
 from protocols.group import GroupConfig, GroupMachine
 from protocols.identity import Signer
 from protocols.messages import AssetQuery, Plan
@@ -205,6 +208,19 @@ class Node:
             machine, transport, self.signer, exchange, learner, emit,
             serve_asset=_no_assets, clock=clock,
         )  # fmt: skip
+        if scenario.gossip_every:
+            gossip = GossipConfig(
+                run=world.run_id,
+                units=scenario.units,
+                every=scenario.gossip_every,
+                slots=scenario.gossip_slots,
+                round_s=scenario.round_s,
+                exchange_s=scenario.exchange_s,
+            )
+            driver.mixing = Mixing(
+                GossipMachine(self.id, gossip), driver, directory, learner, SimMixer()
+            )
+            exchange.riding = driver.mixing.riding
         self._founded_ms = self._founded_ms or int(clock.time() * 1000)
         presence = Presence(
             PresenceConfig(

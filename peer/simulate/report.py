@@ -82,6 +82,7 @@ def to_json(record: Record) -> dict[str, Any]:
         "replay": replay_command(record),
         "digest": record.digest,
         "figures": {name: _finite(value) for name, value in values.items()},
+        "mixes": asdict(record.mixes),
         "violations": [asdict(violation) for violation in record.violations],
         "faults": [asdict(fault) for fault in record.scenario.faults],
         "peers": [asdict(tally) for tally in record.tallies],
@@ -104,6 +105,7 @@ def to_text(record: Record) -> str:
         "throughput": f"{total.throughput:.1%} of what all peers could have trained is in a state",
         "participation": f"{total.participation:.1%} of live members inside a round",
         "utilisation": f"{total.utilisation:.1%} of the time that peers lived was training",
+        **_mixes(record),
         "control traffic": f"{total.calls_per_min:.0f} messages per peer and minute,"
         f" {total.dht_reads_per_round:.1f} DHT reads per round",
         "longest standstill": f"{_seconds(total.stood_still_s)} in which nobody trained",
@@ -127,6 +129,22 @@ def to_text(record: Record) -> str:
     else:
         lines.append("Every promise held.")
     return "\n".join(lines)
+
+
+def _mixes(record: Record) -> dict[str, str]:
+    if not record.scenario.gossip_every:
+        return {}
+    total = record.mixes
+    fates = {
+        "on both sides": total.both,
+        "on their way": total.pending,
+        "lost": total.lost,
+        "whose debt died with all who knew of it": total.orphaned,
+        "undone on one side": total.undone,
+        "with a group that is no more": total.gone,
+    }
+    told = ", ".join(f"{count} {fate}" for fate, count in fates.items() if count)
+    return {"mixes of groups": f"{total.begun} begun{': ' if told else ''}{told}"}
 
 
 def _longest_still(record: Record) -> float:

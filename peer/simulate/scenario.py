@@ -18,6 +18,8 @@ from peer.simulate.links import PathSpec, goodput_bps
 
 PEERS_MIN: Final = 2
 PEERS_MAX: Final = 64
+SMALL_MAX: Final = 12  # a group or three, in which faults meet each other; ...
+LARGE_SHARE: Final = 0.2  # ... the others cost a hundred times as much
 SPEED_OF_GLASS_KM_S: Final = 200_000.0
 CALM_S: Final = 90.0  # at a scenario's end: whatever was broken has so long to heal
 LAST_MILE_S: Final = 0.002
@@ -101,6 +103,9 @@ class Scenario:
     members_max: int = 16
     aggregators_max: int = 4
     quorum: float = 0.5
+    gossip_every: int = 0
+    """Rounds between two mixes of the same slot with another group; 0: groups stay apart."""
+    gossip_slots: int = 4
     entrances: int = 2
     """Bootstrap nodes."""
     loss: float = 0.0
@@ -148,7 +153,8 @@ def draw(
 ) -> Scenario:
     """A random scenario; what is given is not drawn."""
     rng = random.Random(f"scenario {seed}")
-    count = peers if peers is not None else _log_uniform_int(rng, PEERS_MIN, PEERS_MAX)
+    most = PEERS_MAX if rng.random() < LARGE_SHARE else SMALL_MAX
+    count = peers if peers is not None else _log_uniform_int(rng, PEERS_MIN, most)
     sites = rng.randint(1, max(1, min(8, count // 2)))
     labelled = rng.random() < 0.5
     centres = [(rng.uniform(0, 8000), rng.uniform(0, 4000)) for _ in range(sites)]
@@ -176,7 +182,7 @@ def draw(
                 lie=lie,
             )
         )
-    length_s = duration_s if duration_s is not None else rng.choice((200.0, 240.0, 300.0))
+    length_s = duration_s if duration_s is not None else rng.choice((150.0, 180.0, 240.0))
     per_hour = faults_per_hour
     if per_hour is None:
         per_hour = rng.choice((0.0, 30.0, 120.0, 240.0)) * max(1.0, count / 16)
@@ -199,7 +205,12 @@ def draw(
     share = rng.choice((0.01, 0.1, 0.1))
     whole_bytes = share * min(bare.round_s, bare.exchange_s) * bare.slowest_bps() / 8
     unit_bytes = max(200, int(whole_bytes / bare.units))
-    return replace(bare, load=Load(unit_bytes=unit_bytes, state_bytes=8 * unit_bytes * bare.units))
+    return replace(
+        bare,
+        load=Load(unit_bytes=unit_bytes, state_bytes=8 * unit_bytes * bare.units),
+        gossip_every=rng.choice((0, 1, 2, 4)),
+        gossip_slots=rng.choice((1, 2, 4)),
+    )
 
 
 def draw_faults(

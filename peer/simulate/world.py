@@ -14,10 +14,12 @@ from typing import Any, Final
 from dht.memory import MemoryBoard
 from peer.manifest import ScheduleSpec, default_manifest
 from peer.observe import events as ev
+from peer.simulate.books import Books
 from peer.simulate.judge import Judge, RoundFact, Violation
-from peer.simulate.learner import Books, Load, wire_bytes
+from peer.simulate.learner import Load, wire_bytes
 from peer.simulate.links import PathSpec
 from peer.simulate.loop import VirtualLoop
+from peer.simulate.mixes import MixFigures
 from peer.simulate.network import SimNetwork
 from peer.simulate.nodes import Node
 from peer.simulate.scenario import Fault, Kind, PeerSpec, Scenario
@@ -60,6 +62,7 @@ class Record:
     events: int
     violations: list[Violation]
     rounds: list[RoundFact]
+    mixes: MixFigures
     exchanges: list[tuple[float, int, float]]
     """(when, peer, seconds from contributions due to round applied)."""
     tallies: list[Tally]
@@ -88,9 +91,13 @@ class World:
             wire_bytes(scenario.load, scenario.units), scenario.piece_s,
         )  # fmt: skip
         self.board = MemoryBoard(lambda: EPOCH_S + self.loop.time())
-        self.books = Books(scenario.units)
+        self.books = Books(scenario.units, gossip=bool(scenario.gossip_every))
         self.fast_key: bytes | None = None
-        schedule = ScheduleSpec(round_s=scenario.round_s, exchange_s=scenario.exchange_s)
+        schedule = ScheduleSpec(
+            round_s=scenario.round_s,
+            exchange_s=scenario.exchange_s,
+            gossip_every=scenario.gossip_every,
+        )
         manifest = replace(default_manifest(), name="simulated", schedule=schedule)
         self.manifest = manifest.to_canonical()
         self.run_id = manifest.run_id()
@@ -334,6 +341,7 @@ class World:
             events=self._events,
             violations=self.judge.violations,
             rounds=self.judge.rounds,
+            mixes=self.judge.mix_figures,
             exchanges=self.judge.exchanges,
             tallies=tallies,
             sample_s=self.sample_s,

@@ -15,7 +15,7 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 
@@ -45,6 +45,16 @@ class Difference:
     payload: bytes
     ratios: tuple[float, ...]
     """Each vector's distance, in root mean squares of our last vector (the momentum)."""
+
+
+class Mixer(Protocol):
+    """What gossip needs of this arithmetic; `UnitMixer` says what each means."""
+
+    def lend(self, state_SU: Float32, hints: Sequence[float], *, exact: bool = False) -> bytes: ...
+
+    def difference(self, unit: int, ours_SU: Float32, lent: bytes) -> Difference: ...
+
+    def check(self, unit: int, payload: bytes) -> None: ...
 
 
 class UnitMixer:
@@ -156,4 +166,7 @@ def _read_lent(frame: bytes, ours_U: Float32) -> Float32:
     return theirs_U
 
 
-__all__ = ["GUESS_BITS", "LOAN_BITS", "RATIO", "Difference", "TooFarError", "UnitMixer", "add_mix"]
+__all__ = [
+    "GUESS_BITS", "LOAN_BITS", "RATIO",
+    "Difference", "Mixer", "TooFarError", "UnitMixer", "add_mix",
+]  # fmt: skip

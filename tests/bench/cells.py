@@ -24,7 +24,7 @@ from protocols.coordinates import Coordinate
 from protocols.grouping import Grouping
 from protocols.membership import Membership
 from protocols.moving import CELLS_READ_S, REVIEW_S
-from protocols.placing import Placing
+from protocols.placing import Placing, measured_s, whom_to_measure
 from protocols.records import PeerRecord
 from protocols.types import GroupName, PeerId, RunId
 from tests.bench.result import Bar, Cell, Progress, Result
@@ -131,12 +131,16 @@ class _Map:
         for index, peer in enumerate(list(self.peers.values())):
             everybody = peer.members.everybody()
             mine = [n for n in everybody if peer.group and n.group == peer.group]
-            others = sorted(
-                (n for n in everybody if n.group != peer.group or not peer.group),
-                key=lambda n: n.hailed_s,
-            )
+            others = [n for n in everybody if n.group != peer.group or not peer.group]
             # With company one stranger in two steps; a loner calls eight a second.
-            strangers = others[: (turn + index) % 2] if mine else others[:80]
+            if not mine:
+                strangers = sorted(others, key=lambda n: n.hailed_s)[:80]
+            elif (turn + index) % 2:
+                near = (turn + index) % 4 == 1
+                one = whom_to_measure(peer.placing.latest, others, self.now_s, near=near)
+                strangers = [one] if one is not None else []
+            else:
+                strangers = []
             for n in [*mine, *strangers]:
                 self.call(peer, n.record.peer)
             told = peer.placing.news(self.now_s)
@@ -165,7 +169,7 @@ class _Map:
             for n in peer.members.everybody()
             if self.now_s - n.seen_s < limits.RECORD_TTL_S or n.group == peer.group
         ]
-        rtts = {n.record.peer: n.rtt_s for n in peer.members.everybody() if n.rtt_s is not None}
+        rtts = measured_s(peer.members.everybody(), self.now_s)
         chosen = peer.grouping.decide(record, others, rtts, self.now_s)
         if chosen is not None and chosen != peer.group:
             if peer.group:
