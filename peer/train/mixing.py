@@ -24,14 +24,15 @@ from tensorcodecs import VALUE_ABS_MAX, Codec, DecodeError, codec_of, get_codec
 from tensorcodecs.frame import Float32, Frame
 from tensorcodecs.nearby import CODEC_ID, TooFarError, decode_near, encode_near, steps_for
 
-RATIO: Final = 4.0
-"""How far apart two states are, in root mean squares of the momentum, for who has not measured."""
+RATIO: Final = 64.0
+"""How far apart two states are at most, in root mean squares of the momentum, for who has not
+measured."""
 HEADROOM: Final = 2.0  # groups may have moved apart since the last time
 LOAN_BITS: Final = 6
 """Per value that is lent: a step of half the measured distance (16 x 2 / 2^6), an error of 0.14
 of it, like q4's, in which half the difference is coded anyway. More bits would be lost there."""
-GUESS_BITS: Final = 8
-"""For who has not measured: `RATIO` may be far more than it need be."""
+GUESS_BITS: Final = 12
+"""For who has not measured: `RATIO` may be far more than it need be, and a second look is dearer."""
 VECTORS_MAX: Final = 8
 _LENGTHS: Final = struct.Struct("<B")
 _LENGTH: Final = struct.Struct("<I")

@@ -27,8 +27,9 @@ from tests.bench.trial import PEERS, SITES, WAYS, Outcome, Size, Trial, crossed
 
 INNER_LR: Final = 1e-3
 """`InnerSpec`'s default."""
-GOSSIP_EVERY: Final = 3
-"""Of flat DiLoCo's rounds: as often as a tenth of its bytes allows, as every group begins mixes."""
+GOSSIP_EVERY: Final = {10: 3, 25: 3, 100: 5}
+"""By H, of flat DiLoCo's rounds: as often as a tenth of its bytes allows, where every group begins
+mixes. First loans are dear, and a training in rounds of 100 has few others."""
 OUTER: Final[Mapping[str, Mapping[int, tuple[float, float]]]] = {
     "near": {25: (1.4, 0.0)},
     "flat": {10: (0.7, 0.5), 25: (0.7, 0.5), 100: (0.7, 0.9)},
@@ -46,7 +47,7 @@ QUICK_H: Final = 5
 
 _SEEDS: Final = 3
 _MIDDLE: Final = 25  # the H at which everything else is looked at
-NEAR: Final = 5
+NEAR: Final = 2
 """Steps in a round inside a group whose peers are near."""
 _KINDS: Final = (("flat", "flat"), ("gossip", "near"))
 _LOSS_RATIO_MAX: Final = 1.01
@@ -73,12 +74,17 @@ def trials(seed: int, size: Size, hs: Sequence[int]) -> list[Trial]:
 
 def in_rounds(plain: Trial, way: str, kind: str, h: int) -> Trial:
     """`plain` with exchanges between sites as often as flat DiLoCo with rounds of `h` steps has
-    them, or every third of them if groups gossip. `kind`: a key of `OUTER`.
+    them, or every few of them (`GOSSIP_EVERY`) if groups gossip. `kind`: a key of `OUTER`.
     """
     lr, momentum = OUTER[kind].get(h, OUTER[kind][_MIDDLE])
     steps = NEAR if kind == "near" else h
-    mixes = 0 if way in ("flat", "none") else GOSSIP_EVERY * h // steps
+    mixes = 0 if way in ("flat", "none") else _every(h)
     return replace(plain, way=way, h=steps, outer_lr=lr, momentum=momentum, gossip_every=mixes)
+
+
+def _every(h: int) -> int:
+    """Rounds of a near group between two mixes."""
+    return GOSSIP_EVERY.get(h, GOSSIP_EVERY[_MIDDLE]) * h // NEAR
 
 
 def run(quick: bool, seed: int, progress: Progress) -> Result:
@@ -105,8 +111,8 @@ def _rival(trial: Trial, table: Table, way: str) -> Trial:
     """The row of `way` under the same conditions."""
     wanted = (way, trial.shards, trial.inner_lr)
     fitting = [row for row in table if (row.way, row.shards, row.inner_lr) == wanted]
-    h = trial.h * trial.gossip_every // GOSSIP_EVERY if trial.gossip_every else _MIDDLE
-    return next((row for row in fitting if row.h == h), fitting[0])
+    wanted_h = next((h for h in HS if trial.gossip_every == _every(h)), _MIDDLE)
+    return next((row for row in fitting if row.h == wanted_h), fitting[0])
 
 
 def _ratios(trial: Trial, table: Table) -> list[float]:
@@ -179,6 +185,8 @@ def _notes(table: Table, seeds: range) -> list[str]:
     crossing = Crossing(PEERS, SITES)
     flat_trial = next(row for row in table if row.way == "flat")
     coded = table[flat_trial][0].mean_bytes
+    near_trial = next(row for row in table if row.way == "gossip")
+    coded_near = table[near_trial][0].mean_bytes / one.parameters
     setting = (
         f"Seeds {seeds[0]} to {seeds[-1]}. A Llama-like model of {one.parameters:,} parameters on "
         f"the bytes of the standard library's text, from random weights; {PEERS} peers in {SITES} "
@@ -204,10 +212,12 @@ def _notes(table: Table, seeds: range) -> list[str]:
         f"{crossing.ring} vectors (sums inside sites first, then a ring among sites), and that is "
         f"what flat DiLoCo is charged, at {coded / one.parameters:.2f} bytes per value, coded "
         "without loss (DDP: 4, raw). With aggregators at every peer it would be "
-        f"{crossing.aggregators:g} vectors. A mix: the loan (6 bits a value, 8 the first time) one "
+        f"{crossing.aggregators:g} vectors. A mix: the loan (6 bits a value, 12 the first time) one "
         "way and the difference in q4 the other, as the product's `UnitMixer` codes them, of "
         "every mix that any group began; parameters only, as there is no outer momentum. Control "
-        "messages are not counted."
+        "messages are not counted, nor what stays inside a site: there every peer sends and "
+        f"receives a coded update, {coded_near:.2f} bytes per value, every {NEAR} steps, which "
+        "is what near peers have bandwidth for and far ones have not."
     )
     return [setting, rounds, losses, traffic]
 
