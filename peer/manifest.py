@@ -271,9 +271,10 @@ class ScheduleSpec:
     """Rounds between two looks at the held-out text; 0: never."""
     checkpoint_every: int = 10
     """Rounds between two full checkpoints."""
-    gossip_every: int = 4
+    gossip_every: int = 10
     """pretrain: rounds between two mixes of a group's state with another group's; 0: never, and so
-    it must be for lora, whose factors can't be averaged one by one."""
+    it must be for lora, whose factors can't be averaged one by one. A mix takes some three rounds
+    to be in both states: much more often, and a group's mixes get into each other's way."""
     gossip_slots: int = 0
     """Parts of the state that are mixed with different groups, by different members; 0: as many as
     aggregators_max."""

@@ -71,7 +71,7 @@ momentum = 0.5          # 0.9 where a round has hundreds of steps
 [codec]
 name = "q4"             # how updates travel: 3.1 bits a value; or low, min, high, fp32 ...
 """ + _COMMON_TAIL.replace(
-    "GOSSIP", "gossip_every = 4        # rounds between two mixes with another group\n"
+    "GOSSIP", "gossip_every = 10       # rounds between two mixes with another group\n"
 )
 
 LORA_TEMPLATE: Final = """\

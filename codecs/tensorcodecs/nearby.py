@@ -10,7 +10,8 @@ unreduced q tells when a receiver is too far away; then it asks again for more b
 Body: the hash (8 bytes), a float32 step per block, then q mod 2**b of all values in b bits each,
 least significant first. Not in the table of codecs: nobody can decode it alone.
 
-Shape suffixes: N = values, B = blocks, G = groups of eight values.
+Shape suffixes: N = values, B = blocks, G = groups of W values
+that are packed together.
 """
 
 from __future__ import annotations
@@ -177,12 +178,13 @@ def _pack_bits(rest_N: _Int64, bits: int) -> bytes:
         return rest_N.astype(np.uint8).tobytes()
     if bits == 16:
         return rest_N.astype("<u2").tobytes()
-    if bits < 8:  # eight values are `bits` bytes
-        eight_G8 = np.zeros((-(-len(rest_N) // 8), 8), np.uint64)
-        eight_G8.ravel()[: len(rest_N)] = rest_N
-        word_G = np.bitwise_or.reduce(eight_G8 << (np.arange(8, dtype=np.uint64) * bits), axis=1)
-        plane = word_G.astype("<u8").view(np.uint8).reshape(-1, 8)[:, :bits].tobytes()
-        return plane[: -(-len(rest_N) * bits // 8)]
+    some = _values_to_word(bits)
+    if some:
+        rest_GW = np.zeros((-(-len(rest_N) // some), some), np.uint64)
+        rest_GW.ravel()[: len(rest_N)] = rest_N
+        word_G = np.bitwise_or.reduce(rest_GW << _shifts(some, bits), axis=1).astype("<u8")
+        plane = word_G.view(np.uint8).reshape(-1, 8)[:, : some * bits // 8].ravel()
+        return bytes(plane[: -(-len(rest_N) * bits // 8)])
     bit_Nb = (rest_N[:, None] >> np.arange(bits)) & 1
     return np.packbits(bit_Nb.astype(np.uint8), bitorder="little").tobytes()
 
@@ -197,20 +199,30 @@ def _unpack_bits(plane: memoryview, numel: int, bits: int) -> _Int64:
         return np.frombuffer(plane, np.uint8).astype(np.int64)
     if bits == 16:
         return np.frombuffer(plane, "<u2").astype(np.int64)
-    if bits < 8:
-        groups = -(-numel // 8)
-        bytes_G8 = np.zeros((groups, 8), np.uint8)
-        padded = np.zeros(groups * bits, np.uint8)
+    some = _values_to_word(bits)
+    if some:
+        groups, size = -(-numel // some), some * bits // 8
+        padded = np.zeros(groups * size, np.uint8)
         padded[: len(plane)] = np.frombuffer(plane, np.uint8)
-        bytes_G8[:, :bits] = padded.reshape(groups, bits)
-        word_G1 = bytes_G8.view("<u8")
-        eight_G8 = (word_G1 >> (np.arange(8, dtype=np.uint64) * bits)) & ((1 << bits) - 1)
-        if eight_G8.ravel()[numel:].any():
+        byte_G8 = np.zeros((groups, 8), np.uint8)
+        byte_G8[:, :size] = padded.reshape(groups, size)
+        rest_GW = byte_G8.view("<u8") >> _shifts(some, bits)
+        rest = (rest_GW & np.uint64((1 << bits) - 1)).ravel().astype(np.int64)
+        if rest[numel:].any():
             raise DecodeError("spare bits that are not zero")
-        return eight_G8.ravel()[:numel].astype(np.int64)
+        return rest[:numel]
     bit_N = np.unpackbits(np.frombuffer(plane, np.uint8), bitorder="little")
     if bit_N[numel * bits :].any():
         raise DecodeError("spare bits that are not zero")
     bit_Nb = bit_N[: numel * bits].reshape(numel, bits).astype(np.int64)
     rest_N: _Int64 = (bit_Nb << np.arange(bits)).sum(axis=1)
     return rest_N
+
+
+def _values_to_word(bits: int) -> int:
+    """How many values fill whole bytes of one 64-bit word; 0: too many."""
+    return 8 if bits <= 8 else 4 if bits % 2 == 0 else 0
+
+
+def _shifts(some: int, bits: int) -> npt.NDArray[np.uint64]:
+    return np.arange(some, dtype=np.uint64) * np.uint64(bits)

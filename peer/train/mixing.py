@@ -32,7 +32,7 @@ LOAN_BITS: Final = 6
 """Per value that is lent: a step of half the measured distance (16 x 2 / 2^6), an error of 0.14
 of it, like q4's, in which half the difference is coded anyway. More bits would be lost there."""
 GUESS_BITS: Final = 12
-"""For who has not measured: `RATIO` may be far more than it need be, and a second look is dearer."""
+"""For who has not measured: `RATIO` may be far more than need be, and a second look is dearer."""
 VECTORS_MAX: Final = 8
 _LENGTHS: Final = struct.Struct("<B")
 _LENGTH: Final = struct.Struct("<I")
