@@ -45,6 +45,16 @@ def test_members_that_crash_between_commitment_and_payment_leave_nothing_one_sid
     assert not record.mixes.lost
 
 
+def test_halves_that_a_partition_cut_off_pay_nothing_that_they_have_to_give_back() -> None:
+    """Both towns are cut through; what the smaller parts mix is on neither side in the end."""
+    cut = Fault(at_s=40.0, kind=Kind.cut, targets=(0, 1, 2), seconds=20.0)
+    record = simulate(two_towns(3.0, faults=(cut,), gossip_every=1))
+    assert not record.violations, to_text(record)
+    record = simulate(draw(5, peers=7, duration_s=150.0))  # where three mixes were one-sided
+    assert not record.violations, to_text(record)
+    assert not record.mixes.torn
+
+
 def test_part_of_the_random_scenarios_mixes() -> None:
     every = [draw(seed).gossip_every for seed in range(64)]
     assert set(every) == {0, 1, 2, 4}
