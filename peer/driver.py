@@ -520,6 +520,7 @@ class Driver:
         held = [outcome for outcome in outcomes if outcome is not None]
         if len(held) != len(outcomes):
             raise AssertionError("the machine applies what the exchange does not hold")
+        firm = self.machine.firm(self.clock.monotonic())
         facts = await self.learner.apply(effect.round, held, effect.plan)
         if facts is None:
             return
@@ -530,7 +531,7 @@ class Driver:
         due_s = self._due.get(effect.round, (self.clock.monotonic(), None))[0]
         self.feed(Applied(effect.round, facts.digest))
         if self.mixing is not None:
-            self.mixing.round_done(held)
+            self.mixing.round_done(held, firm)
         self.round_finished(
             effect.round, facts, held, effect.plan, max(0.0, self.clock.monotonic() - due_s)
         )

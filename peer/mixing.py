@@ -244,8 +244,8 @@ class Mixing:
         self.ask(ClosedHeard(sender, message))
 
     # ── rounds ───────────────────────────────────────────────────────────────────────────
-    def round_done(self, outcomes: Sequence[Outcome]) -> None:
-        """A round was applied: what it holds for us."""
+    def round_done(self, outcomes: Sequence[Outcome], firm: bool) -> None:
+        """A round was applied: what it holds for us. `firm`: see `RoundDone`."""
         group = self._host.group
         noted: list[Noted] = []
         for outcome in outcomes:
@@ -260,7 +260,7 @@ class Mixing:
                 if loan.sign_for(group) > 0:
                     self._owe(mix, note.loan, loan, outcome, range(note.start, note.stop))
         members = tuple(self._host.live_members())
-        self.feed(RoundDone(group, self._host.round, members, tuple(noted)))
+        self.feed(RoundDone(group, self._host.round, members, tuple(noted), firm))
 
     def _owe(
         self, mix: MixId, signed: Signed, loan: Loan, outcome: Outcome, units: Iterable[int]

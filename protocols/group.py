@@ -146,6 +146,10 @@ class GroupMachine:
         """The group as we see it, ourselves included, in order."""
         return self._here.live_members(now_s)
 
+    def firm(self, now_s: float) -> bool:
+        """Whether most of our group stand at exactly our state; see `Standing.firm`."""
+        return self._here.firm(now_s)
+
     def coordinator(self, now_s: float) -> PeerId | None:
         """Who should issue the next plan, by what we know."""
         return self._here.coordinator(now_s)

@@ -170,6 +170,17 @@ class Standing:
     def is_benched(self, peer: PeerId, now_s: float) -> bool:
         return self._benched.get(peer, -math.inf) > now_s
 
+    def firm(self, now_s: float) -> bool:
+        """Whether most of the group stand at exactly our state, counting those who were heard of
+        within the last minute: a part that is cut off from the others does not, until then."""
+        members = self.members
+        lately = sum(
+            n.heard_s > 0
+            and (not n.suspected or now_s - max(n.heard_s, n.next_s) < limits.FORGET_AFTER_S)
+            for n in members.in_group(self.group)
+        )
+        return 2 * self.camp(members.live(self.group, now_s)) > 1 + lately
+
     def same_digest(self, peer: PeerId) -> bool:
         if peer == self.me:
             return True

@@ -51,6 +51,7 @@ TABLES: Final[dict[str, int]] = {
     "gossip._leases": limits.CARRIED_MIXES_MAX,
     "gossip._open": 4 * limits.CARRIED_MIXES_MAX,
     "gossip._attempts": limits.GOSSIP_SLOTS_MAX,
+    "gossip._taken": 4 * limits.CARRIED_MIXES_MAX,
     "gossip._roster_ever": 16 * limits.GROUP_MEMBERS_MAX,
     "riding.payloads": 2 * limits.CARRIED_MIXES_MAX,
     "riding._admitted": 4 * limits.LOANS_MAX,

@@ -287,7 +287,9 @@ class GossipWorld:
                     if sign > 0:
                         member.payloads.setdefault(mix, {})[unit] = d
             living = tuple(sorted(m.id for m in group.living))
-            self.feed(member, RoundDone(group.name, number + 1, living, entry.notes))
+            here = sum(m.state.round >= number for m in group.living)
+            firm = 2 * here > len(group.living)
+            self.feed(member, RoundDone(group.name, number + 1, living, entry.notes, firm))
 
         return apply
 
