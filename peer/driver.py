@@ -494,7 +494,8 @@ class Driver:
             self.feed(OutcomeHeld(peer, header, signed, True))
 
         try:
-            await self.exchange.fetch_outcomes(peer, query, got)
+            exchanged = self.machine.config.exchanged(number)
+            await self.exchange.fetch_outcomes(peer, query, exchanged, got)
             self._fetched_from = peer
         except TransportError as error:
             reason = error.reason
@@ -519,6 +520,7 @@ class Driver:
         held = [outcome for outcome in outcomes if outcome is not None]
         if len(held) != len(outcomes):
             raise AssertionError("the machine applies what the exchange does not hold")
+        firm = self.machine.firm(self.clock.monotonic())
         facts = await self.learner.apply(effect.round, held, effect.plan)
         if facts is None:
             return
@@ -529,7 +531,7 @@ class Driver:
         due_s = self._due.get(effect.round, (self.clock.monotonic(), None))[0]
         self.feed(Applied(effect.round, facts.digest))
         if self.mixing is not None:
-            self.mixing.round_done(held)
+            self.mixing.round_done(held, firm)
         self.round_finished(
             effect.round, facts, held, effect.plan, max(0.0, self.clock.monotonic() - due_s)
         )

@@ -530,9 +530,11 @@ class Exchange:
         self,
         peer: PeerId,
         query: OutcomeQuery,
+        exchanged: range,
         got: Callable[[OutcomeHeader, Signed], None],
     ) -> int:
-        """Ask `peer` for a round's outcomes; `got` each as it is held; how many came.
+        """Ask `peer` for a round's outcomes; `got` each as it is held; how many came. `exchanged`:
+        the units whose turn it is in that round.
 
         Raises:
             TransportError, RemoteProtocolError: the stream broke, or what came is no outcome.
@@ -561,6 +563,8 @@ class Exchange:
                 if count >= limits.AGGREGATORS_MAX:
                     raise RemoteProtocolError(peer, "more outcomes than a round has")
                 current = _signed_outcome(peer, frame.kind, frame.payload, query)
+                if current[0].start < exchanged.start or current[0].stop > exchanged.stop:
+                    raise RemoteProtocolError(peer, "an outcome of units that had no turn")
                 units, size = [], 0
         finally:
             await stream.close()

@@ -156,9 +156,9 @@ class TrainerLearner:
             method.load_inner_state(loaded.inner)
             if kept is not None:
                 self._adopt(kept.tobytes())
-            nobody = np.zeros(method.units, np.bool_)
             for entry in loaded.journal:
-                method.apply(entry.units, nobody)
+                nobody = np.zeros(len(entry.units), np.bool_)
+                method.apply(entry.units, nobody, method.fragments.of(entry.round).start)
                 if entry.digest and method.digest() != entry.digest:
                     raise StorageError(
                         f"round {entry.round} of the journal does not lead to the state that it"
@@ -184,7 +184,7 @@ class TrainerLearner:
             BlockStream(source, batch_size=self._batch_size, seed=self._seed, peer=self._me)
             if self._own_data
             else SharedStream(
-                source, self._run, self._me, method.units, batch_size=self._batch_size
+                source, self._run, self._me, method.fragments, batch_size=self._batch_size
             )
         )
         return method, self._stream
@@ -273,7 +273,7 @@ class TrainerLearner:
                 return Taken(NOTHING, stats.loss, 0, [])  # not its turn yet: the work goes on
         if isinstance(self._stream, SharedStream):
             self._stream.heard_goodbye(self.departed())
-        harvest = await self._trainer.harvest()
+        harvest = await self._trainer.harvest(number)
         s, life = harvest.stats, self._life
         self._life = Stats(
             trained_s=life.trained_s + s.trained_s,
@@ -294,7 +294,7 @@ class TrainerLearner:
         def step(method: Method) -> tuple[Digest, Counted | None] | None:
             if self.round != number:
                 return None
-            method.apply(units, mine)
+            method.apply(units, mine, method.fragments.of(number).start)
             self.round = number + 1
             self.digest = Digest(method.digest())
             stream = self._stream

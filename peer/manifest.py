@@ -245,6 +245,11 @@ class OuterSpec:
     """asynchronous: outcomes from one change of the momentum to the next."""
     local_steps: int = 20
     """asynchronous: inner steps of the fastest peer between its contributions."""
+    tau: int = 0
+    """Inner steps from the moment a contribution is frozen after which its outcome is merged into
+    the local values at the earliest; 0: when it arrives. lora too."""
+    alpha: float = 0.0
+    """Share of the local values that stays when an outcome is merged into them. lora too."""
 
     def __post_init__(self) -> None:
         _above_zero("outer.lr", self.lr, 10)
@@ -253,6 +258,8 @@ class OuterSpec:
         _between("outer.staleness", self.staleness, 0, 100)
         _between("outer.delay", self.delay, 1, 1024)
         _between("outer.local_steps", self.local_steps, 1, 10**6)
+        _between("outer.tau", self.tau, 0, 10**6)
+        _need(0 <= self.alpha < 1, "outer.alpha", "must be from 0 to less than 1", self.alpha)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -260,7 +267,7 @@ class ScheduleSpec:
     """When things happen. Rounds are paced in time, so that nobody waits for the slowest."""
 
     round_s: float = 5.0
-    """Seconds of training between two averages."""
+    """Seconds of training between two averages of the same values."""
     round_s_max: float = 0.0
     """Slow exchanges lengthen rounds up to this; 0: eight times `round_s`."""
     exchange_share: float = 0.5
@@ -275,6 +282,9 @@ class ScheduleSpec:
     """pretrain: rounds between two mixes of a group's state with another group's; 0: never, and so
     it must be for lora, whose factors can't be averaged one by one. A mix takes some three rounds
     to be in both states: much more often, and a group's mixes get into each other's way."""
+    fragments: int = 1
+    """Parts of the state that take turns: each round exchanges one of them, and rounds come so many
+    times as often. What counts rounds here counts a turn of all of them as one."""
     gossip_slots: int = 0
     """Parts of the state that are mixed with different groups, by different members; 0: as many as
     aggregators_max."""
@@ -290,6 +300,10 @@ class ScheduleSpec:
         _between("schedule.checkpoint_every", self.checkpoint_every, 1, 10**6)
         _between("schedule.gossip_every", self.gossip_every, 0, 10**6)
         _between("schedule.gossip_slots", self.gossip_slots, 0, limits.GOSSIP_SLOTS_MAX)
+        _between("schedule.fragments", self.fragments, 1, limits.FRAGMENTS_MAX)
+        _need(self.round_s / self.fragments >= 0.1, "schedule.round_s",
+              f"must be at least 0.1 for each of the {self.fragments} fragments",
+              self.round_s)  # fmt: skip
 
     @property
     def longest_round_s(self) -> float:
@@ -365,6 +379,10 @@ class Manifest:
         _need(self.method.kind == "pretrain" or not self.schedule.gossip_every,
               "schedule.gossip_every", "must be 0 for lora: groups of it can't be mixed yet",
               self.schedule.gossip_every)  # fmt: skip
+        _need(not self.outer.asynchronous or self.schedule.fragments == 1,
+              "schedule.fragments", "must be 1 where outer.asynchronous is true: who contributes to"
+              " every second round would always meet the same fragment",
+              self.schedule.fragments)  # fmt: skip
         names = [asset.name for asset in self.assets]
         _need(len(names) <= limits.ASSETS_MAX, "assets", f"at most {limits.ASSETS_MAX} files",
               len(names))  # fmt: skip

@@ -8,6 +8,7 @@ _COMMON_TAIL: Final = """
 [schedule]
 round_s = 5.0           # seconds of training between two averages; a slow peer does fewer steps
 exchange_s = 20.0       # an exchange closes after this long, with whoever is in
+fragments = 1           # parts of the state that take turns: exchanges so many times smaller
 evaluate_every = 10     # rounds between two looks at the held-out text; 0: never
 checkpoint_every = 10   # rounds between two full checkpoints
 GOSSIP

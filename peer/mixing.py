@@ -244,8 +244,8 @@ class Mixing:
         self.ask(ClosedHeard(sender, message))
 
     # ── rounds ───────────────────────────────────────────────────────────────────────────
-    def round_done(self, outcomes: Sequence[Outcome]) -> None:
-        """A round was applied: what it holds for us."""
+    def round_done(self, outcomes: Sequence[Outcome], firm: bool) -> None:
+        """A round was applied: what it holds for us. `firm`: see `RoundDone`."""
         group = self._host.group
         noted: list[Noted] = []
         for outcome in outcomes:
@@ -260,7 +260,7 @@ class Mixing:
                 if loan.sign_for(group) > 0:
                     self._owe(mix, note.loan, loan, outcome, range(note.start, note.stop))
         members = tuple(self._host.live_members())
-        self.feed(RoundDone(group, self._host.round, members, tuple(noted)))
+        self.feed(RoundDone(group, self._host.round, members, tuple(noted), firm))
 
     def _owe(
         self, mix: MixId, signed: Signed, loan: Loan, outcome: Outcome, units: Iterable[int]
@@ -282,8 +282,11 @@ class Mixing:
         """The units of a mix that our state has, or would not know any more."""
         table, group = self._learner.mix_table, self._host.group or loan.borrower
         sign = loan.sign_for(group) or 1
-        forgotten = table.forgotten(loan.until(group), sign, loan.start, loan.stop)
+        forgotten = table.forgotten(self._until(loan, group), sign, loan.start, loan.stop)
         return table.mask(mix, loan.start, loan.stop) | forgotten
+
+    def _until(self, loan: Loan, group: GroupName) -> int:
+        return loan.until(group, self.machine.config.fragments)
 
     # ── who there is ─────────────────────────────────────────────────────────────────────
     async def _find_groups(self, slot: int, count: int) -> None:
@@ -514,7 +517,7 @@ class Mixing:
             raise RemoteProtocolError(stream.peer, "pays for units that were not lent")
         if loan.stop > self.machine.config.units:
             raise RemoteProtocolError(stream.peer, "pays for units that there are not")
-        table, until = self._learner.mix_table, loan.until(loan.lender)
+        table, until = self._learner.mix_table, self._until(loan, loan.lender)
         where = (loan.start, loan.stop)
         inside, late = table.mask(mix, *where), table.forgotten(until, -1, *where)
         (wanted,) = self.ask(DebtOffered(stream.peer, push.loan, loan, mask, inside, late))

@@ -325,7 +325,7 @@ async def _assemble(
         batch_size=manifest.inner.batch_size,
         seed=manifest.model.seed,
         threads=config.threads,
-        checkpoint_every=manifest.schedule.checkpoint_every,
+        checkpoint_every=manifest.schedule.checkpoint_every * manifest.schedule.fragments,
         local_steps=manifest.outer.local_steps if manifest.outer.asynchronous else 0,
     )
     await learner.open()
@@ -335,11 +335,12 @@ async def _assemble(
         GroupConfig(
             run=run,
             units=learner.method.units,
+            fragments=learner.method.fragments,
             site=config.site,
             members_max=manifest.group.members_max,
             aggregators_max=manifest.group.aggregators_max,
-            round_s=manifest.schedule.round_s,
-            round_s_max=manifest.schedule.longest_round_s,
+            round_s=manifest.schedule.round_s / manifest.schedule.fragments,
+            round_s_max=manifest.schedule.longest_round_s / manifest.schedule.fragments,
             exchange_share=manifest.schedule.exchange_share,
             exchange_s=manifest.schedule.exchange_s,
             quorum=manifest.group.quorum,
@@ -373,7 +374,8 @@ async def _assemble(
         gossip = GossipConfig(
             run=run,
             units=method.units,
-            every=schedule.gossip_every,
+            every=schedule.gossip_every * schedule.fragments,
+            fragments=schedule.fragments,
             slots=schedule.gossip_slots or manifest.group.aggregators_max,
             round_s=schedule.round_s,
             exchange_s=schedule.exchange_s,
@@ -532,7 +534,8 @@ class _Keeper:
         self._finished.put_nowait((number, facts, held, plan, s))
 
     async def _keep_rounds(self) -> None:
-        every = self._peer.manifest.schedule.evaluate_every
+        schedule = self._peer.manifest.schedule
+        every = schedule.evaluate_every * schedule.fragments
         while True:
             number, facts, held, plan, seconds = await self._finished.get()
             validation = None

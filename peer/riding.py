@@ -82,10 +82,11 @@ class Riding:
     # ── contributions ────────────────────────────────────────────────────────────────────
     def loans(self, number: int, start: int, stop: int) -> tuple[Signed, ...]:
         """Of what `attach` may put into these units."""
-        return tuple(
+        able = [
             c.signed for _, c in self._machine.attachable(number)
             if c.loan.start < stop and start < c.loan.stop
-        )  # fmt: skip
+        ]  # fmt: skip
+        return tuple(able[: limits.LOANS_MAX])
 
     def attach(
         self, loans: Sequence[Signed], number: int, start: int, units: Sequence[bytes]
@@ -123,7 +124,8 @@ class Riding:
             if loan.run != header.run or not loan.sign_for(header.group):
                 raise RemoteProtocolError(sender, "names a loan of other groups")
         for signed, loan in opened:
-            until, sign = loan.until(header.group), loan.sign_for(header.group)
+            fragments = self._machine.config.fragments
+            until, sign = loan.until(header.group, fragments), loan.sign_for(header.group)
             self._admit(header.round, mix_id(signed.body), signed, until, sign)
 
     def _admit(self, number: int, mix: MixId, signed: Signed, until: int, sign: int) -> None:

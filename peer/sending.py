@@ -30,9 +30,12 @@ def batches(start: int, stop: int, missed: Mapping[int, int], size: int) -> list
 def missed_again(
     missed: Mapping[int, int], outcomes: Iterable[OutcomeHeader], me: PeerId
 ) -> dict[int, int]:
-    """Unit -> how many rounds in a row it came too late, after a round with these outcomes."""
-    now: dict[int, int] = {}
+    """Unit -> how many rounds in a row it came too late, after a round with these outcomes. Units
+    that the round did not exchange keep their count."""
+    now = dict(missed)
     for header in outcomes:
+        for unit in range(header.start, header.stop):
+            now.pop(unit, None)
         mine = next((c for c in header.contributors if c.peer == me), None)
         if mine is not None and not mine.mask:
             continue

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Final
 
 from protocols import limits
+from protocols.errors import RemoteProtocolError
 from protocols.events import ApplyRound, Effect, FetchFinished, FetchOutcomes, OutcomeHeld
 from protocols.healing import Healing
 from protocols.messages import OutcomeHeader
@@ -39,8 +40,14 @@ class CatchingUp:
 
     def held(self, event: OutcomeHeld, now_s: float) -> list[Effect]:
         here = self._here
-        here.members.heard(event.sender, now_s)
         header = event.header
+        units = here.config.exchanged(header.round)
+        if header.start < units.start or header.stop > units.stop:
+            raise RemoteProtocolError(
+                event.sender,
+                f"units {header.start} to {header.stop} have no turn in round {header.round}",
+            )
+        here.members.heard(event.sender, now_s)
         if header.round != here.round:
             return []
         if header.base and header.base != here.digest:
@@ -73,15 +80,16 @@ class CatchingUp:
         return []
 
     def _assembled(self) -> tuple[tuple[OutcomeHeader, Signed], ...]:
-        """Fetched outcomes that together cover every unit, or nothing."""
-        edge, parts = 0, []
+        """Fetched outcomes that together cover every unit of our round, or nothing."""
+        units = self._here.config.exchanged(self._here.round)
+        edge, parts = units.start, []
         for start in sorted(self._caught):
             header, signed = self._caught[start]
             if header.start != edge:
                 return ()
             parts.append((header, signed))
             edge = header.stop
-        return tuple(parts) if edge == self._here.config.units else ()
+        return tuple(parts) if edge == units.stop else ()
 
     def _same_history(
         self, outcomes: tuple[tuple[OutcomeHeader, Signed], ...], now_s: float

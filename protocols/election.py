@@ -37,7 +37,7 @@ def _uniform(raw: bytes) -> float:
 
 
 def spans_of(
-    group: GroupName, seats: Sequence[Seat], units: int, aggregators_max: int, epoch: int
+    group: GroupName, seats: Sequence[Seat], units: range, aggregators_max: int, epoch: int
 ) -> tuple[Span, ...]:
     """Cut `units` into spans sized by their aggregators' weights, one aggregator each.
 
@@ -45,18 +45,19 @@ def spans_of(
     `aggregators_max` spans, never more than units.
     """
     able = [seat for seat in seats if seat.weight > 0] or list(seats)
-    count = max(1, min(len(able), aggregators_max, units))
+    count = max(1, min(len(able), aggregators_max, len(units)))
     chosen: list[PeerId] = []
     for slot in range(count):
         chosen.append(next(p for p in candidates(group, slot, able) if p not in chosen))
     weights = {seat.peer: max(seat.weight, 1) for seat in seats}
     total = sum(weights[peer] for peer in chosen)
     spans: list[Span] = []
-    start, taken = 0, 0
+    start, taken = units.start, 0
     for slot, peer in enumerate(chosen):
         taken += weights[peer]
         left = count - slot - 1
-        stop = units if left == 0 else min(max(units * taken // total, start + 1), units - left)
+        share = units.start + len(units) * taken // total
+        stop = units.stop if left == 0 else min(max(share, start + 1), units.stop - left)
         spans.append(Span(start, stop, peer, epoch))
         start = stop
     return tuple(spans)
@@ -69,13 +70,13 @@ def make_plan(
     epoch: int,
     round: int,  # noqa: A002  (the field's word)
     seats: Sequence[Seat],
-    units: int,
+    units: range,
     aggregators_max: int,
     train_ms: int,
     exchange_ms: int,
     digest: Digest,
 ) -> Plan:
-    """A round's first plan: a pure function of the seats."""
+    """A round's first plan: a pure function of the seats. `units`: what the round exchanges."""
     roster = tuple(sorted(seats, key=lambda s: s.peer))
     spans = spans_of(group, roster, units, aggregators_max, epoch)
     return Plan(run, group, epoch, round, roster, spans, train_ms, exchange_ms, digest)
@@ -107,9 +108,10 @@ def revise_plan(
     )
 
 
-def fault_in(plan: Plan, units: int, aggregators_max: int, *, revises: bool) -> str | None:
+def fault_in(plan: Plan, units: range, aggregators_max: int, *, revises: bool) -> str | None:
     """What is wrong with a plan, or None. Any member can check any plan.
 
+    `units`: what its round exchanges; the spans must cover exactly these.
     `revises`: it replaces a plan that is in force for the same round, and so keeps its bounds.
     Otherwise, if all its spans are of its own epoch, they must be what anybody would elect.
     """
@@ -118,17 +120,17 @@ def fault_in(plan: Plan, units: int, aggregators_max: int, *, revises: bool) -> 
         return "a roster that is empty, repeats itself or is out of order"
     if not plan.spans or len(plan.spans) > max(1, aggregators_max):
         return "no spans, or too many"
-    edge = 0
+    edge = units.start
     for span in plan.spans:
         if span.start != edge or span.stop <= span.start:
-            return "spans that do not cover the layout"
+            return "spans that do not cover the round's units"
         if span.aggregator not in peers:
             return "an aggregator outside the roster"
         if span.since_epoch > plan.epoch:
             return "a span from a later epoch"
         edge = span.stop
-    if edge != units:
-        return "spans that do not cover the layout"
+    if edge != units.stop:
+        return "spans that do not cover the round's units"
     if not revises and all(span.since_epoch == plan.epoch for span in plan.spans):
         elected = spans_of(plan.group, plan.roster, units, aggregators_max, plan.epoch)
         if plan.spans != elected:

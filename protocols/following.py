@@ -45,7 +45,8 @@ class Following:
         if plan.exchange_ms > here.config.exchange_s * 1000 + 1:
             raise RemoteProtocolError(sender, f"plans {plan.exchange_ms} ms of exchange")
         revises = here.current is not None and here.current.number == plan.round
-        reason = fault_in(plan, here.config.units, here.config.aggregators_max, revises=revises)
+        units = here.config.exchanged(plan.round)
+        reason = fault_in(plan, units, here.config.aggregators_max, revises=revises)
         if reason is not None:
             raise RemoteProtocolError(sender, f"plans {reason}")
         here.members.heard(sender, now_s)

@@ -82,7 +82,10 @@ class GossipConfig:
     """Rounds between two mixes of the same slot; 0: no gossip."""
     slots: int
     round_s: float
+    """From one average of a unit to the next."""
     exchange_s: float
+    fragments: int = 1
+    """Rounds in which every unit is exchanged once."""
 
     def bounds(self, slot: int) -> tuple[int, int]:
         """The units of a slot."""
@@ -177,6 +180,12 @@ class GossipMachine:
         self._unsure: set[PeerId] = set()
         """Members who may not know it all either."""
         self._fetching_s = -math.inf
+        self._firm = -1
+        """The latest of our states that most of the group stood at."""
+        self._taken: dict[MixId, int] = {}
+        """-d that is in our state since this round, and not firm yet."""
+        self._since = 0
+        """What our state had at this round is firm only when that round is."""
 
     # ── the outside ──────────────────────────────────────────────────────────────────────
     @property
@@ -211,9 +220,12 @@ class GossipMachine:
         return found | {mix: debt.loan for mix, debt in self._debts.items()}
 
     def attachable(self, number: int) -> list[tuple[MixId, Carried]]:
-        """What should ride in our contribution to round `number`, the oldest loans first."""
-        able = [(m, c) for m, c in self.carried.items() if c.left and c.until >= number]
-        return able[: limits.LOANS_MAX]
+        """What should ride in our contribution to round `number`, the oldest loans first: of those
+        with units in the same span, `LOANS_MAX`."""
+        return [(m, c) for m, c in self.carried.items() if c.left and c.until >= number]
+
+    def _until(self, loan: Loan, group: GroupName) -> int:
+        return loan.until(group, self.config.fragments)
 
     def handle(self, event: GossipEvent, now_s: float) -> list[GossipEffect]:
         """Advance.
@@ -256,6 +268,9 @@ class GossipMachine:
         effects = self._moved(event.group, event.round - 1) if new else []
         self.round, self.members = event.round, event.members
         self._rounds_here += 1
+        if event.firm:
+            self._firm = event.round - 1
+            self._taken = {mix: since for mix, since in self._taken.items() if since > self._firm}
         for peer in event.members:
             self._roster_ever.pop(peer, None)
             self._roster_ever[peer] = None
@@ -269,6 +284,7 @@ class GossipMachine:
     def _moved(self, group: GroupName, number: int) -> list[GossipEffect]:
         """We stand in another group: what is under way in the old one is others' business."""
         self.group = group
+        self._restart(number)
         self._rounds_here = 0
         self._unaware, self._asked = number > 0, set()
         gone = list(self.carried)
@@ -286,7 +302,7 @@ class GossipMachine:
         if not sign or not mask:
             return []
         effects: list[GossipEffect] = []
-        until = self.round + limits.MIX_COMMIT_ROUNDS
+        until = self.round + limits.MIX_COMMIT_ROUNDS * self.config.fragments
         open_ = self._open.setdefault(note.mix, _Open(note.loan, 0, until))
         open_.inside |= mask
         open_.until = until
@@ -299,7 +315,11 @@ class GossipMachine:
             debt = self._debts.setdefault(note.mix, _debt(note.signed, note.loan, 0, self.round))
             debt.mask |= mask
             debt.round = self.round
-        elif open_.inside == note.loan.whole or (carried is not None and not carried.left):
+            return effects
+        self._taken[note.mix] = self.round
+        if len(self._taken) > 4 * limits.CARRIED_MIXES_MAX:
+            self._restart(self.round)
+        if open_.inside == note.loan.whole or (carried is not None and not carried.left):
             self._leases.pop(note.mix, None)
             effects.append(MixReturned(note.mix, note.loan, open_.inside.bit_count()))
         return effects
@@ -316,10 +336,10 @@ class GossipMachine:
                 if carried.sign > 0:
                     effects.append(MixDropped(mix, carried.loan, "no average took it in time"))
         for mix, debt in self._debts.items():
-            # One more round with the same digest as the coordinator's: it was no state of our own.
-            if debt.final and math.isinf(debt.payable_s) and self.round > debt.round:
+            # Paid is what most of the group have: no other history will take its place.
+            if debt.final and math.isinf(debt.payable_s) and self._firm >= debt.round:
                 debt.payable_s = now_s
-            over = self.round > debt.loan.until(debt.loan.borrower)
+            over = self.round > self._until(debt.loan, debt.loan.borrower)
             if not debt.final and (debt.mask == debt.loan.whole or over):
                 debt.final = True
                 if debt.learned:
@@ -341,10 +361,12 @@ class GossipMachine:
         effects = self._moved(event.group, event.round) if new else []
         self.round = event.round
         self._rounds_here = 0
+        self._restart(event.round)
         for mix, carried in self.carried.items():
             carried.left = carried.loan.whole & ~event.inside.get(mix, 0)
         for mix, debt in list(self._debts.items()):
             debt.mask &= event.inside.get(mix, 0)
+            debt.round, debt.payable_s = event.round, math.inf
             if not debt.mask:
                 del self._debts[mix]
                 effects += [
@@ -356,6 +378,11 @@ class GossipMachine:
         self._unaware, self._asked = event.round > 0, set()
         self._unsure.clear()
         return effects + (self._told(None, event.aware) if event.aware is not None else [])
+
+    def _restart(self, number: int) -> None:
+        """Nothing that our state has at this round is firm yet."""
+        self._firm, self._since = -1, number
+        self._taken.clear()
 
     def _fetch(self, now_s: float) -> list[GossipEffect]:
         """Ask one member after another what we owe together, until one has told us."""
@@ -475,7 +502,7 @@ class GossipMachine:
         full = len(self.carried) >= limits.CARRIED_MIXES_MAX
         if attempt is None or loan.borrower != self.group or mix in self.carried or full:
             return [Forget(mix), MixDropped(mix, loan, "it came too late")]
-        self.carried[mix] = Carried(signed, loan, 1, loan.until(self.group), loan.whole)
+        self.carried[mix] = Carried(signed, loan, 1, self._until(loan, self.group), loan.whole)
         return []
 
     # ── lending ──────────────────────────────────────────────────────────────────────────
@@ -529,9 +556,11 @@ class GossipMachine:
                 return [AnswerDebt("later")]
             raise RemoteProtocolError(event.sender, "pays for a loan that we know nothing of")
         if event.mask and event.inside & event.mask == event.mask:
-            return [AnswerDebt("paid")]
+            # Most of our group must have it: else a history without it may take the state's place.
+            firm = self._firm >= self._taken.get(mix, self._since)
+            return [AnswerDebt("paid" if firm else "later")]
         too_late = event.mask & ~event.inside & event.forgotten
-        if too_late or self.round > loan.until(self.group):
+        if too_late or self.round > self._until(loan, self.group):
             raise RemoteProtocolError(event.sender, "pays too late for us to count it once")
         held = self.carried.get(mix)
         if held is not None and not event.mask & ~(held.left | event.inside):
@@ -544,7 +573,7 @@ class GossipMachine:
         mix = mix_id(signed.body)
         if loan.lender != self.group or len(self.carried) >= limits.CARRIED_MIXES_MAX:
             return [Forget(mix)]
-        self.carried[mix] = Carried(signed, loan, -1, loan.until(self.group), left)
+        self.carried[mix] = Carried(signed, loan, -1, self._until(loan, self.group), left)
         return []
 
     # ── paying ───────────────────────────────────────────────────────────────────────────

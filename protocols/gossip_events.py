@@ -38,6 +38,9 @@ class RoundDone:
     members: tuple[PeerId, ...]
     """Who lives in the group, ourselves included."""
     notes: tuple[Noted, ...]
+    firm: bool
+    """Most of the group stood at the state before this round: no part of it that was cut off from
+    the others, and whose history will give way to theirs."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ plans up, `Steering` issues them, `CatchingUp` and `Healing` keep the state righ
 time is run. Its promises:
 
 - it follows one plan at a time, and never an older one (the epoch is a fencing token);
-- it applies each round at most once, and only outcomes that cover every unit;
+- it applies each round at most once, and only outcomes that cover every unit of it;
 - it takes part only with a state that has the plan's digest, and heals from the majority else;
 - a peer without the run's state is never a donor and never a coordinator.
 """
@@ -145,6 +145,10 @@ class GroupMachine:
     def live_members(self, now_s: float) -> list[PeerId]:
         """The group as we see it, ourselves included, in order."""
         return self._here.live_members(now_s)
+
+    def firm(self, now_s: float) -> bool:
+        """Whether most of our group stand at exactly our state; see `Standing.firm`."""
+        return self._here.firm(now_s)
 
     def coordinator(self, now_s: float) -> PeerId | None:
         """Who should issue the next plan, by what we know."""

@@ -11,9 +11,9 @@ members of a group have the same one without a word more. Its promises:
 - nothing is forgotten: a block that the group leaves behind (`_close_before`) is *lost* if somebody
   held it, and *elsewhere* (another group's to train and to account for) if nobody here ever did.
 
-A contribution's units may get inside in different rounds. A block is trained once every unit of a
-contribution with its work in it is inside: per member one batch of blocks waits for that, and the
-next forms when it is through.
+A contribution's units may get inside in different rounds, and with fragments they do. A block is
+trained once every unit of a contribution with its work in it is inside (`protocols/coverage.py`):
+until then it waits in the batch of the round that first told of it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from dataclasses import dataclass, field
 
 from protocols import limits
 from protocols.blocks import BlockReport, from_wire
+from protocols.coverage import Coverage
+from protocols.fragments import Fragments
 from protocols.messages import OutcomeHeader
 from protocols.ranges import Range, Ranges
 from protocols.sharding import Shares, extent_blocks, score
@@ -85,6 +87,14 @@ class Counted:
 
 
 @dataclass(slots=True)
+class Batch:
+    """Blocks whose work is in a member's contributions from round `since` on."""
+
+    since: int
+    blocks: Ranges
+
+
+@dataclass(slots=True)
 class Holder:
     """What the ledger knows of one member."""
 
@@ -93,23 +103,28 @@ class Holder:
     leases: Ranges = field(default_factory=Ranges)
     touched: Ranges = field(default_factory=Ranges)
     """Of the leases: trained or begun by its last report."""
-    batch: Ranges = field(default_factory=Ranges)
-    """Trained, and inside in some units; usually part of the touched, but what two peers took at
-    once is held by one of them and inside by both."""
-    cover: int = 0
-    """Bit i: the batch is inside unit i's mean."""
+    batches: list[Batch] = field(default_factory=list)
+    """Trained, and inside in some units, the oldest first; usually part of the touched, but what
+    two peers took at once is held by one of them and inside by both."""
+    coverage: Coverage = field(default_factory=lambda: Coverage(Fragments((0, 1))))
 
 
 class Ledger:
     """One group's account. Touch it from one thread only; `apply` is deterministic."""
 
-    def __init__(self, run: RunId, blocks: int, units: int) -> None:
-        """`blocks`: in one epoch of the run's data; `units`: of its layout."""
+    def __init__(
+        self, run: RunId, blocks: int, units: int, fragments: Fragments | None = None
+    ) -> None:
+        """`blocks`: in one epoch of the run's data; `units`: of its layout, whose `fragments` take
+        turns; None: every round exchanges all of it."""
         if blocks < 1 or units < 1:
             raise ValueError(f"a ledger of {blocks} blocks and {units} units")
         self.run = run
         self.blocks = blocks
         self.units = units
+        self.fragments = fragments or Fragments((0, units))
+        self.batches_max = 2 * self.fragments.count + 2
+        """Per member: those of the rounds that a full turn takes, and as many for late ones."""
         self.extent = extent_blocks(blocks)
         self.window = max(4 * blocks, limits.LEDGER_WINDOW_BLOCKS_MIN)
         self.floor = 0
@@ -238,7 +253,7 @@ class Ledger:
         for entry in inside:
             holder = self._holder(entry.peer, number)
             if holder is not None:
-                new, again = self._mark(self._through(holder, entry))
+                new, again = self._mark(self._through(holder, number, entry))
                 if new:
                     trained[entry.peer] = new
                 if again:
@@ -275,7 +290,8 @@ class Ledger:
     def _holder(self, peer: PeerId, number: int) -> Holder | None:
         if peer not in self.holders and len(self.holders) >= limits.LEDGER_HOLDERS_MAX:
             return None
-        holder = self.holders.setdefault(peer, Holder(number))
+        fresh = Holder(number, coverage=Coverage(self.fragments))
+        holder = self.holders.setdefault(peer, fresh)
         holder.seen = number
         return holder
 
@@ -283,21 +299,31 @@ class Ledger:
         """What of a stranger's ranges lies where work may be."""
         return Ranges(ranges.within(0, self.floor + 2 * self.window))
 
-    def _through(self, holder: Holder, entry: Entry) -> Ranges:
+    def finishes(self, peer: PeerId, number: int, told: Ranges) -> bool:
+        """Whether all of `peer`'s blocks are trained once round `number`'s outcome has all of a
+        contribution that tells of these."""
+        holder = self.holders.get(peer)
+        coverage = Coverage(self.fragments) if holder is None else holder.coverage.copy()
+        batches = [] if holder is None else _added(holder.batches, number, told)
+        coverage.add(number, (1 << self.units) - 1)
+        latest = max((batch.since for batch in batches), default=number if told else -1)
+        return latest <= coverage.since
+
+    def _through(self, holder: Holder, number: int, entry: Entry) -> Ranges:
         """The blocks whose work is now inside in every unit."""
         told = self._believed(from_wire(entry.report.trained))
+        batches = _added(holder.batches, number, told)
+        if all(batch.since == number for batch in batches):
+            holder.coverage = Coverage(self.fragments)  # of earlier work: nobody waits for it
+        holder.coverage.add(number, entry.cover)
+        if len(batches) > self.batches_max:
+            last = batches.pop()
+            batches[-1] = Batch(last.since, batches[-1].blocks | last.blocks)
         done = Ranges()
-        every = (1 << self.units) - 1
-        batch = holder.batch & told  # what it no longer speaks of, it has given up
-        cover = holder.cover | entry.cover
-        if batch and cover == every:
-            done, batch = batch, Ranges()
-        if not batch:
-            batch, cover = told - done, entry.cover
-            if cover == every:
-                done, batch = done | batch, Ranges()
-        kept = bool(batch) and self.units <= limits.LEDGER_COVER_UNITS_MAX
-        holder.batch, holder.cover = batch, cover if kept else 0
+        for batch in batches:
+            if batch.since <= holder.coverage.since:
+                done = done | batch.blocks
+        holder.batches = [batch for batch in batches if batch.since > holder.coverage.since]
         return done
 
     def _mark(self, done: Ranges) -> tuple[Ranges, Ranges]:
@@ -437,7 +463,8 @@ class Ledger:
     def pieces(self) -> int:
         """Of how many ranges it all consists: what it costs to keep and to send."""
         own = sum(
-            h.leases.pieces + h.touched.pieces + h.batch.pieces for h in self.holders.values()
+            h.leases.pieces + h.touched.pieces + sum(b.blocks.pieces for b in h.batches)
+            for h in self.holders.values()
         )
         return own + self.accounted.pieces + self.reissued.pieces
 
@@ -470,6 +497,16 @@ class Ledger:
         self.floor = max(ordinal, first[1] if first[0] <= ordinal else ordinal)
         self.accounted.remove(0, self.floor)
         self.reissued.remove(0, self.floor)
+
+
+def _added(batches: list[Batch], number: int, told: Ranges) -> list[Batch]:
+    """Those that a member still speaks of, and a new one of what it tells for the first time: what
+    it no longer speaks of, it has given up."""
+    kept = [Batch(batch.since, batch.blocks & told) for batch in batches]
+    new = told
+    for batch in kept:
+        new = new - batch.blocks
+    return [batch for batch in (*kept, Batch(number, new)) if batch.blocks]
 
 
 def entries_of(headers: Iterable[OutcomeHeader]) -> list[Entry]:

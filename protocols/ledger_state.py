@@ -7,7 +7,9 @@ from typing import Annotated
 
 from protocols import limits
 from protocols.blocks import ORDINAL_MAX, BlockRange, from_wire
-from protocols.ledger import Holder, Ledger
+from protocols.coverage import Coverage
+from protocols.fragments import Fragments
+from protocols.ledger import Batch, Holder, Ledger
 from protocols.ranges import Ranges
 from protocols.records import PeerIdField, RunIdField
 from protocols.schema import Max, SchemaError, pack, unpack
@@ -17,13 +19,25 @@ Count = Annotated[int, Max(ORDINAL_MAX)]
 Pieces = Annotated[tuple[BlockRange, ...], Max(limits.LEDGER_RANGES_MAX)]
 
 
+Rounds = Annotated[tuple[Count, ...], Max(limits.FRAGMENTS_MAX)]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchState:
+    since: Count
+    blocks: Pieces
+
+
 @dataclass(frozen=True, slots=True)
 class HolderState:
     peer: PeerIdField
     seen: Count
     leases: Pieces
     touched: Pieces
-    batch: Pieces
+    batches: Annotated[tuple[BatchState, ...], Max(2 * limits.FRAGMENTS_MAX + 2)]
+    whole: Rounds
+    """One more than `Coverage` has, as the next too, so that never is 0."""
+    begun: Rounds
     cover: Annotated[bytes, Max(limits.LEDGER_COVER_UNITS_MAX // 8)]
 
 
@@ -50,7 +64,9 @@ def pack_ledger(ledger: Ledger) -> bytes:
     holders = tuple(
         HolderState(
             peer, holder.seen, _pieces(holder.leases), _pieces(holder.touched),
-            _pieces(holder.batch), _bits(holder.cover),
+            tuple(BatchState(b.since, _pieces(b.blocks)) for b in holder.batches),
+            tuple(n + 1 for n in holder.coverage.whole),
+            tuple(n + 1 for n in holder.coverage.begun), _bits(holder.coverage.cover),
         )
         for peer, holder in sorted(ledger.holders.items())
     )  # fmt: skip
@@ -63,7 +79,9 @@ def pack_ledger(ledger: Ledger) -> bytes:
     )  # fmt: skip
 
 
-def unpack_ledger(data: bytes, run: RunId, blocks: int, units: int) -> Ledger:
+def unpack_ledger(
+    data: bytes, run: RunId, blocks: int, units: int, fragments: Fragments | None = None
+) -> Ledger:
     """The ledger that `data` holds, which a stranger may have written.
 
     Raises:
@@ -74,18 +92,22 @@ def unpack_ledger(data: bytes, run: RunId, blocks: int, units: int) -> Ledger:
     state = unpack(LedgerState, data)
     if (state.run, state.blocks, state.units) != (run, blocks, units):
         raise SchemaError("a ledger of another run, other data or another model")
-    ledger = Ledger(run, blocks, units)
+    ledger = Ledger(run, blocks, units, fragments)
     ledger.floor = state.floor
     ledger.accounted = from_wire(state.accounted)
     ledger.reissued = from_wire(state.reissued)
     for told in state.holders:
-        holder = Holder(
-            told.seen, from_wire(told.leases), from_wire(told.touched), from_wire(told.batch),
-            int.from_bytes(told.cover, "little"),
-        )  # fmt: skip
-        if told.peer in ledger.holders or holder.cover >> units:
+        coverage = Coverage(ledger.fragments)
+        coverage.cover = int.from_bytes(told.cover, "little")
+        fit = len(told.whole) == len(told.begun) == ledger.fragments.count
+        batches = [Batch(batch.since, from_wire(batch.blocks)) for batch in told.batches]
+        if told.peer in ledger.holders or coverage.cover >> units or not fit:
             raise SchemaError(f"a ledger with an impossible holder {told.peer}")
-        ledger.holders[told.peer] = holder
+        coverage.whole = [number - 1 for number in told.whole]
+        coverage.begun = [number - 1 for number in told.begun]
+        ledger.holders[told.peer] = Holder(
+            told.seen, from_wire(told.leases), from_wire(told.touched), batches, coverage
+        )
     ledger.counts |= {
         "trained": state.trained, "repeated": state.repeated, "unasked": state.unasked,
         "reissued": state.reissued_count, "lost": state.lost, "elsewhere": state.elsewhere,

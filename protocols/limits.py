@@ -35,6 +35,7 @@ CELL_GRIDS: Final = 2  # shifted against each other: who is cut apart in one mee
 GROUP_CONTACTS: Final = 3  # members of a group that stand in the index of groups
 
 # ── layout ───────────────────────────────────────────────────────────────────────────────
+FRAGMENTS_MAX: Final = 16  # of a layout; the paper's smallest are three layers of a model
 UNITS_MAX: Final = 2**22  # 64 Ki values each: 2.7e11 parameters
 SPAN_MASK_BYTES_MAX: Final = UNITS_MAX // 8
 UNIT_BYTES_MAX: Final = 16 * 2**20  # one coded chunk, or the two factors of one adapted layer

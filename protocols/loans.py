@@ -74,11 +74,12 @@ class Loan:
         """What its mix does in `group`: +1, -1, or 0 where it has no business."""
         return 1 if group == self.borrower else -1 if group == self.lender else 0
 
-    def until(self, group: GroupName) -> int:
-        """The last round of `group` whose outcome may contain the mix."""
+    def until(self, group: GroupName, fragments: int) -> int:
+        """The last round of `group` whose outcome may contain the mix, in a run whose state is
+        exchanged in so many fragments: each unit has as many turns as without."""
         if group == self.borrower:
-            return self.borrower_round + limits.MIX_COMMIT_ROUNDS
-        return self.lender_round + limits.MIX_WINDOW_ROUNDS
+            return self.borrower_round + limits.MIX_COMMIT_ROUNDS * fragments
+        return self.lender_round + limits.MIX_WINDOW_ROUNDS * fragments
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from protocols.arrivals import TRAIN_SHARE, Arrivals
 from protocols.election import candidates
 from protocols.errors import RemoteProtocolError
 from protocols.events import RecordIssued
+from protocols.fragments import Fragments
 from protocols.membership import Membership, Neighbour, seat_of
 from protocols.messages import Plan, Seat
 from protocols.pace import Pace
@@ -34,6 +35,8 @@ class GroupConfig:
 
     run: RunId
     units: int
+    fragments: Fragments | None = None
+    """Of the layout; None: every round exchanges all of it."""
     site: str = ""
     members_max: int = limits.GROUP_MEMBERS_MAX
     aggregators_max: int = 4
@@ -46,6 +49,10 @@ class GroupConfig:
     exchange_s: float = 20.0
     """A round that is not complete this long after its contributions were due is made good."""
     quorum: float = 0.5
+
+    def exchanged(self, number: int) -> range:
+        """The units that round `number` exchanges."""
+        return range(self.units) if self.fragments is None else self.fragments.of(number)
 
 
 @dataclass(slots=True)
@@ -162,6 +169,17 @@ class Standing:
 
     def is_benched(self, peer: PeerId, now_s: float) -> bool:
         return self._benched.get(peer, -math.inf) > now_s
+
+    def firm(self, now_s: float) -> bool:
+        """Whether most of the group stand at exactly our state, counting those who were heard of
+        within the last minute: a part that is cut off from the others does not, until then."""
+        members = self.members
+        lately = sum(
+            n.heard_s > 0
+            and (not n.suspected or now_s - max(n.heard_s, n.next_s) < limits.FORGET_AFTER_S)
+            for n in members.in_group(self.group)
+        )
+        return 2 * self.camp(members.live(self.group, now_s)) > 1 + lately
 
     def same_digest(self, peer: PeerId) -> bool:
         if peer == self.me:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Final
 
 from protocols import limits
-from protocols.election import candidates, make_plan, revise_plan
+from protocols.election import candidates, make_plan, revise_plan, spans_of
 from protocols.events import Effect, SignPlan
 from protocols.following import Following
 from protocols.membership import seat_of
@@ -105,7 +105,7 @@ class Steering:
             epoch=max(here.epoch, 1),
             round=here.round,
             seats=same,
-            units=here.config.units,
+            units=here.config.exchanged(here.round),
             aggregators_max=here.config.aggregators_max,
             train_ms=int(min(train_s, here.pace.round_s) * 1000),
             exchange_ms=int(here.config.exchange_s * 1000),
@@ -116,8 +116,7 @@ class Steering:
             last is not None
             and last.epoch == here.epoch
             and last.roster == plan.roster
-            and [(s.start, s.stop, s.aggregator) for s in last.spans]
-            == [(s.start, s.stop, s.aggregator) for s in plan.spans]
+            and self._as_elected(last)
         )
         if not unchanged:
             plan = make_plan(
@@ -126,13 +125,22 @@ class Steering:
                 epoch=here.epoch + 1,
                 round=plan.round,
                 seats=same,
-                units=here.config.units,
+                units=here.config.exchanged(here.round),
                 aggregators_max=here.config.aggregators_max,
                 train_ms=plan.train_ms,
                 exchange_ms=plan.exchange_ms,
                 digest=here.digest,
             )
         return self._issue(plan, now_s)
+
+    def _as_elected(self, plan: Plan) -> bool:
+        """Whether its spans are those that anybody would elect from its roster."""
+        config = self._here.config
+        units = config.exchanged(plan.round)
+        elected = spans_of(plan.group, plan.roster, units, config.aggregators_max, plan.epoch)
+        return [(s.start, s.stop, s.aggregator) for s in plan.spans] == [
+            (s.start, s.stop, s.aggregator) for s in elected
+        ]
 
     def _mend_round(self, current: Round, seats: list[Seat], now_s: float) -> list[Effect]:
         """Take the dead out, let newcomers in, bench aggregators that do not deliver."""

@@ -67,8 +67,9 @@ class Worklist:
         """Begin nothing more; the next reports hand back what is not trained."""
         self.leaving = True
 
-    def report(self, left: Iterable[PeerId] = ()) -> BlockReport:
-        """At a freeze: what the contribution holds, and what this peer goes on with."""
+    def report(self, number: int, left: Iterable[PeerId] = ()) -> BlockReport:
+        """At the freeze for round `number`: what the contribution holds, and what this peer goes
+        on with. It is `final` when nothing trained is left for a later one."""
         holder = self.ledger.holders.get(self.me)
         known = holder.touched if holder is not None else Ranges()
         room = limits.REPORT_BLOCKS_MAX - limits.LEASE_BLOCKS_MAX - 1
@@ -86,7 +87,8 @@ class Worklist:
             self._claims = self._own(held & claims)
         self._begun = 0
         gone = tuple(sorted(p for p in left if p in self.ledger.holders))[: limits.ROSTER_MAX]
-        return BlockReport(to_wire(trained), to_wire(begun), to_wire(held), self.leaving, gone)
+        final = self.leaving and self.ledger.finishes(self.me, number, trained)
+        return BlockReport(to_wire(trained), to_wire(begun), to_wire(held), final, gone)
 
     def apply(self, number: int, entries: Iterable[Entry]) -> Counted:
         """An outcome was applied: what it changed."""

@@ -16,6 +16,7 @@ from peer.train.method import ArrayMap, Contribution, Reducer, StepResult
 from peer.train.mixing import UnitMixer, add_mix
 from peer.train.mixtable import MixTable
 from peer.train.pretrain import MeanReducer
+from protocols.fragments import Fragments
 from tensorcodecs import CHUNK_VALUES, get_codec
 
 CODEC = get_codec("high")
@@ -44,8 +45,9 @@ class ToyMethod:
 
     snr_db: tuple[float, float] | None = None
 
-    def __init__(self, size: int, seed: int, step_s: float = 0.002) -> None:
+    def __init__(self, size: int, seed: int, step_s: float = 0.002, fragments: int = 1) -> None:
         self.units = -(-size // CHUNK_VALUES)
+        self.fragments = Fragments.cut([1] * self.units, fragments)
         self._theta_N = np.zeros(size, np.float32)
         self._x_N = self._theta_N.copy()
         self._pending_N = np.zeros(size, np.float32)
@@ -68,13 +70,16 @@ class ToyMethod:
         self._tokens += 10
         return StepResult(float(np.mean(gap_N**2)), 10)
 
-    def contribution(self) -> Contribution:
+    def owes(self) -> bool:
+        return False
+
+    def contribution(self, units: range) -> Contribution:
         self._pending_N = self._theta_N - self._x_N
         weight, self._tokens = float(self._tokens), 0
         return ToyContribution(self._pending_N.copy(), weight, self.snr_db)
 
-    def apply(self, outcome: Sequence[bytes], mine: npt.NDArray[np.bool_]) -> None:
-        for unit, payload in enumerate(outcome):
+    def apply(self, outcome: Sequence[bytes], mine: npt.NDArray[np.bool_], first: int = 0) -> None:
+        for unit, payload in enumerate(outcome, first):
             if not payload:
                 continue
             where = slice(unit * CHUNK_VALUES, (unit + 1) * CHUNK_VALUES)
@@ -84,7 +89,7 @@ class ToyMethod:
                 CODEC.decode_into(coded, mean)
                 self._theta_N[where] -= mean
                 self._x_N[where] -= mean
-                if mine[unit]:
+                if mine[unit - first]:
                     self._x_N[where] += self._pending_N[where]
             for mix in mixes:
                 if self._table.admits(unit, mix.id, mix.until, mix.sign):

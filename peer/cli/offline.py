@@ -192,14 +192,14 @@ def load(place: Place) -> tuple[Manifest, FlatMethod, int]:
             " state from another peer"
         )
     method = build_method(manifest, place.assets, "cpu")
-    nobody = np.zeros(method.units, np.bool_)
     number = state.round
     try:
         method.load_state(state.arrays)
     except ValueError as error:
         raise StorageError(f"{state.path} is not a state of this run ({error}); join it") from None
     for entry in state.journal:
-        method.apply(entry.units, nobody)
+        nobody = np.zeros(len(entry.units), np.bool_)
+        method.apply(entry.units, nobody, method.fragments.of(entry.round).start)
         number += 1
         if entry.digest and method.digest() != entry.digest:
             raise StorageError(

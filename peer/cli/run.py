@@ -12,6 +12,7 @@ from peer.errors import UsageError
 from peer.home import complain
 
 if TYPE_CHECKING:
+    from peer.manifest import Manifest
     from peer.manifest_toml import Draft
 
 FILE_BYTES_MAX: Final = 2**20  # a manifest people write is a few KiB
@@ -45,18 +46,29 @@ def new(file: Path, kind: Kind) -> int:
     return 0
 
 
+def _rounds(manifest: Manifest) -> str:
+    schedule = manifest.schedule
+    if schedule.fragments == 1:
+        return f"rounds of {schedule.round_s:g} s"
+    return f"{schedule.round_s:g} s for a turn of {schedule.fragments} fragments"
+
+
 def check(file: Path) -> int:
     """Say what a manifest would start, or what is wrong with it."""
     draft = read_draft(file)
     from peer.observe.words import count, size
+    from peer.train.flat import check_fragments
     from peer.train.models import parameters_of
+    from tensorcodecs import CHUNK_VALUES
 
     manifest = draft.manifest
+    parameters = parameters_of(manifest.model.config)
+    if manifest.method.kind == "pretrain":
+        check_fragments(manifest.schedule.fragments, -(-parameters // CHUNK_VALUES))
     lines = {
         "run": f"{manifest.run_id()}  {manifest.name}",
-        "model": f"{manifest.model.config['model_type']},"
-        f" {count(parameters_of(manifest.model.config))} parameters",
-        "method": f"{manifest.method.kind}, rounds of {manifest.schedule.round_s:g} s, groups of up"
+        "model": f"{manifest.model.config['model_type']}, {count(parameters)} parameters",
+        "method": f"{manifest.method.kind}, {_rounds(manifest)}, groups of up"
         f" to {manifest.group.members_max}",
         "data": _data(draft),
     }

@@ -51,6 +51,7 @@ TABLES: Final[dict[str, int]] = {
     "gossip._leases": limits.CARRIED_MIXES_MAX,
     "gossip._open": 4 * limits.CARRIED_MIXES_MAX,
     "gossip._attempts": limits.GOSSIP_SLOTS_MAX,
+    "gossip._taken": 4 * limits.CARRIED_MIXES_MAX,
     "gossip._roster_ever": 16 * limits.GROUP_MEMBERS_MAX,
     "riding.payloads": 2 * limits.CARRIED_MIXES_MAX,
     "riding._admitted": 4 * limits.LOANS_MAX,
@@ -165,6 +166,9 @@ class Judge:
         watch.applied_s.append(now_s)
         if number != before.round or after.round != number + 1:
             self._blame("applied once", node, f"round {number} on a state of {before.round}")
+        units = [u for o in outcomes for u in range(o.header.start, o.header.stop)]
+        if units != list(self._world.scenario.cut().of(number)):
+            self._blame("applied once", node, f"round {number} on units {units}")
         for outcome in outcomes:
             self._one_content(node, outcome)
         new = after.digest not in self._seen
@@ -242,13 +246,14 @@ class Judge:
         shares: dict[str, int] = {}
         tokens = 0.0
         units = self._world.scenario.units
+        exchanged = sum(o.header.stop - o.header.start for o in outcomes)
         for outcome in outcomes:
             size = outcome.header.stop - outcome.header.start
             for c in outcome.header.contributors:
                 inside = sum(b.bit_count() for b in c.mask) if c.mask else size
                 shares[c.peer] = shares.get(c.peer, 0) + inside
                 tokens += c.weight * inside / units
-        whole = sum(count == units for count in shares.values())
+        whole = sum(count == exchanged for count in shares.values())
         self.rounds.append(RoundFact(self._world.now_s, group, number, whole, len(members), tokens))
 
     # ── what the judge looks at ──────────────────────────────────────────────────────────
@@ -341,5 +346,6 @@ class Judge:
         for group, nodes in groups.items():
             rounds = [n.group.round for n in nodes if n.group is not None]
             # Who catches up does so at about the pace of rounds; so long may it take.
-            if max(rounds) - min(rounds) > 2 + self._heal_s / world.scenario.round_s:
+            scenario = world.scenario
+            if max(rounds) - min(rounds) > 2 + self._heal_s * scenario.fragments / scenario.round_s:
                 self._blame("groups agree", nodes[0], f"{group} ends at rounds {sorted(rounds)}")

@@ -36,6 +36,7 @@ from peer.simulate.loop import VirtualLoop
 from peer.train.mixing import Difference
 from peer.train.mixtable import MixTable
 from peer.transfer import Snapshot, TensorNote, describe
+from protocols.fragments import Fragments
 from protocols.messages import Plan
 from protocols.types import Digest, PeerId
 from tensorcodecs import Reduced
@@ -194,8 +195,11 @@ class SimLearner:
         disk: Disk,
         loop: VirtualLoop,
         applied: Callable[[int, Sequence[Outcome], Plan | None, History, History], None],
+        fragments: Fragments,
     ) -> None:
-        """`applied(number, outcomes, plan, before, after)`: the judge looks on."""
+        """`applied(number, outcomes, plan, before, after)`: the judge looks on. `fragments`: of
+        the books' units."""
+        self._fragments = fragments
         self.load_ = load
         self.state = disk.state or books.origin
         self.restored = disk.state is not None
@@ -265,11 +269,11 @@ class SimLearner:
             tokens = round(seconds * self.load_.tokens_per_s, 3)
             work = Work(self._disk.works, tokens, delta_UD, np.ones(units, np.bool_))
             self._open.append(work)
-        contribution = self._contribution()
+        contribution = self._contribution(self._fragments.of(number))
         self._frozen = {work.number for work in self._open}
         return Taken(contribution, 0.0, int(seconds / self.load_.step_s), [])
 
-    def _contribution(self) -> SimContribution:
+    def _contribution(self, exchanged: range) -> SimContribution:
         units = self._books.units
         delta_UD = np.zeros((units, WIDTH))
         works = [0] * units
@@ -277,7 +281,8 @@ class SimLearner:
             delta_UD[work.open_U] += work.delta_UD[work.open_U]
             for u in np.flatnonzero(work.open_U).tolist():
                 works[u] |= 1 << work.number
-        weight = sum(work.tokens for work in self._open)
+        turn = slice(exchanged.start, exchanged.stop)
+        weight = sum(work.tokens for work in self._open if work.open_U[turn].any())
         self._disk.contributions += 1
         made = SimContribution(
             self._machine, self._disk.contributions, weight, delta_UD, tuple(works),
@@ -298,9 +303,10 @@ class SimLearner:
         self._applied(number, outcomes, plan, before, after)
         self._stand_at(after)
         mine_U = included_units(outcomes, self._me)
+        turn = self._fragments.of(number)
         for work in self._open:
             if work.number in self._frozen:
-                work.open_U &= ~mine_U
+                work.open_U[turn.start : turn.stop] &= ~mine_U
         self._open = [work for work in self._open if work.open_U.any()]
         await asyncio.sleep(self.load_.disk_s)
         if self.state is after:

@@ -3,8 +3,8 @@
 It sees each mix in the outcomes that carry it and in every state that was ever reached, so it knows
 what no peer can: whether the lender took away what the borrower added, unit by unit. A mix whose
 other side is still owed by somebody who lives is on its way. What the product does not promise is
-counted apart and not blamed: a debt that died with everybody who knew of it, a group that is no
-more, and a history that a partition left behind.
+counted apart and not blamed: a debt that died with everybody who knew of it, and a group that is
+no more.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from peer.simulate.world import World
 
 MASS: Final = "mass is conserved"
+TOLD_S: Final = 5.0  # from a state to the gossip machine: a disk lies between the two
 Blame = Callable[[str, "Node | None", str], None]
 
 
@@ -44,8 +45,10 @@ class MixFigures:
     """The other side refused it, or could not be found, and that was said."""
     orphaned: int = 0
     """Everybody who knew of the debt is dead."""
-    undone: int = 0
-    """One side went back to a history without it."""
+    neither: int = 0
+    """Only a history that was left behind ever had it."""
+    torn: int = 0
+    """One side went back to a history without it, and the other did not."""
     gone: int = 0
     """One of the groups is no more."""
 
@@ -61,6 +64,8 @@ class _Fact:
     """... and some of the lender's -d."""
     holders: set[tuple[int, int]] = field(default_factory=set)
     """(node, life): who knows the debt, as of the last look."""
+    added_s: float = 0.0
+    """When some state had +d anew."""
     kept: bool = True
     """Whether the last holders ended it alive, rather than died."""
     lost: str = ""
@@ -141,6 +146,7 @@ class MixJudge:
             self._blame(MASS, node, f"{where}: {riding.sign * d} against {fact.d[unit]}")
         if riding.sign > 0:
             fact.plus |= bit
+            fact.added_s = self._world.now_s
             return
         fact.minus |= bit
         if not fact.plus & bit:
@@ -167,7 +173,9 @@ class MixJudge:
     def final(self) -> MixFigures:
         """After the calm at the end: blame what is on one side only and that nobody will mend."""
         self.look()
-        count = dict.fromkeys(("begun", "both", "pending", "lost", "orphaned", "undone", "gone"), 0)
+        count = dict.fromkeys(
+            ("begun", "both", "pending", "lost", "orphaned", "neither", "torn", "gone"), 0
+        )
         states, owed = self._now()
         for mix, fact in self._facts.items():
             if not fact.plus:
@@ -204,15 +212,17 @@ class MixJudge:
             return "gone"
         plus, minus = (_mask(mix, side) for side in sides)
         if minus & ~plus:
-            return "undone"
+            self._one_sided(mix, fact, minus & ~plus, "the borrower lost its side")
+            return "torn"
         rest = plus & ~minus
         if not rest:
-            return "both" if plus == fact.plus else "undone"
+            return "both" if plus else "neither"
         rest &= ~owed.get(mix, 0)
-        if not rest:
+        if not rest or self._world.now_s - fact.added_s < TOLD_S:
             return "pending"
         if rest & fact.minus:
-            return "undone"
+            self._one_sided(mix, fact, rest & fact.minus, "the lender lost its side")
+            return "torn"
         if fact.lost:
             self._one_sided(mix, fact, rest, fact.lost)
             return "lost"

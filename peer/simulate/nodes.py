@@ -188,10 +188,11 @@ class Node:
             GroupConfig(
                 run=world.run_id,
                 units=scenario.units,
+                fragments=scenario.cut(),
                 site=spec.site,
                 members_max=scenario.members_max,
                 aggregators_max=scenario.aggregators_max,
-                round_s=scenario.round_s,
+                round_s=scenario.round_s / scenario.fragments,
                 exchange_s=scenario.exchange_s,
                 quorum=scenario.quorum,
             ),
@@ -200,7 +201,9 @@ class Node:
         load = world.load_of(spec)
         reducer = SimReducer(loop.charge, load.unit_s)
         exchange = Exchange(transport, self.signer, reducer, clock=clock)
-        learner = SimLearner(self.index, self.id, load, world.books, self.disk, loop, applied)
+        learner = SimLearner(
+            self.index, self.id, load, world.books, self.disk, loop, applied, scenario.cut()
+        )
         directory = SimDirectory(
             world.board, self.id, lambda: world.entrances(self), rng, scenario.dht_failure
         )
@@ -212,7 +215,8 @@ class Node:
             gossip = GossipConfig(
                 run=world.run_id,
                 units=scenario.units,
-                every=scenario.gossip_every,
+                every=scenario.gossip_every * scenario.fragments,
+                fragments=scenario.fragments,
                 slots=scenario.gossip_slots,
                 round_s=scenario.round_s,
                 exchange_s=scenario.exchange_s,

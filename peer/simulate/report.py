@@ -140,7 +140,8 @@ def _mixes(record: Record) -> dict[str, str]:
         "on their way": total.pending,
         "lost": total.lost,
         "whose debt died with all who knew of it": total.orphaned,
-        "undone on one side": total.undone,
+        "undone on both sides": total.neither,
+        "undone on one side": total.torn,
         "with a group that is no more": total.gone,
     }
     told = ", ".join(f"{count} {fate}" for fate, count in fates.items() if count)

@@ -15,6 +15,7 @@ from typing import Final
 
 from peer.simulate.learner import Load
 from peer.simulate.links import PathSpec, goodput_bps
+from protocols.fragments import Fragments
 
 PEERS_MIN: Final = 2
 PEERS_MAX: Final = 64
@@ -100,6 +101,8 @@ class Scenario:
     round_s: float = 10.0
     exchange_s: float = 20.0
     units: int = 8
+    fragments: int = 1
+    """Parts of the state that take turns; `round_s` and `gossip_every` are of a turn of all."""
     members_max: int = 16
     aggregators_max: int = 4
     quorum: float = 0.5
@@ -118,6 +121,10 @@ class Scenario:
     real_signatures: bool = True
     piece_s: float = 0.05
     """Bulk takes turns on a line after so long; longer pieces are cheaper to simulate."""
+
+    def cut(self) -> Fragments:
+        """Which units each round exchanges."""
+        return Fragments.cut([1] * self.units, self.fragments)
 
     def path(self, one: int, other: int) -> PathSpec:
         """The path from machine `one` to machine `other`."""
@@ -210,6 +217,7 @@ def draw(
         load=Load(unit_bytes=unit_bytes, state_bytes=8 * unit_bytes * bare.units),
         gossip_every=rng.choice((0, 1, 2, 4)),
         gossip_slots=rng.choice((1, 2, 4)),
+        fragments=min(bare.units, rng.choice((1, 1, 2, 4))),
     )
 
 

@@ -97,6 +97,7 @@ class World:
             round_s=scenario.round_s,
             exchange_s=scenario.exchange_s,
             gossip_every=scenario.gossip_every,
+            fragments=scenario.fragments,
         )
         manifest = replace(default_manifest(), name="simulated", schedule=schedule)
         self.manifest = manifest.to_canonical()

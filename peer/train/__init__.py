@@ -34,13 +34,15 @@ def build_method(
     """The manifest's method with its model on `device` (by default CUDA if there is any).
 
     Raises:
-        ManifestError: it makes no working model, or one too large for this machine.
+        ManifestError: it makes no working model, one too large for this machine, or one too small
+            for so many fragments.
         StorageError: an asset is missing.
     """
     import numpy as np
     import torch
 
     from peer.manifest import ADAPTIVE
+    from peer.train.flat import Streaming
     from peer.train.inner import Inner
     from peer.train.lora import LoraMethod
     from peer.train.models import build_model
@@ -51,6 +53,9 @@ def build_method(
         torch.set_num_threads(threads)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = build_model(manifest, assets)
+    streaming = Streaming(
+        fragments=manifest.schedule.fragments, tau=manifest.outer.tau, alpha=manifest.outer.alpha
+    )
     if manifest.method.kind == "lora":
         return LoraMethod(
             model,
@@ -59,6 +64,7 @@ def build_method(
             where,
             manifest.model.seed,
             staleness=manifest.outer.staleness,
+            streaming=streaming,
         )
     adaptive = manifest.codec.name == ADAPTIVE
     codec = get_codec(MEAN_CODEC if adaptive else manifest.codec.name)
@@ -66,7 +72,9 @@ def build_method(
         used.encode(np.zeros(1, np.float32))  # compiles or loads its loops before the first round
     inner = Inner(model, manifest.inner, where)
     mixing = manifest.schedule.gossip_every > 0
-    return PretrainMethod(inner, manifest.outer, codec, adaptive=adaptive, mixing=mixing)
+    return PretrainMethod(
+        inner, manifest.outer, codec, adaptive=adaptive, mixing=mixing, streaming=streaming
+    )
 
 
 def build_tokenizer(manifest: Manifest, assets: Path | None = None) -> Tokenizer:

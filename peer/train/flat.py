@@ -10,6 +10,12 @@ When the round's outcome has moved theta, x moves along:
 so no work is lost and none counts twice, whatever arrives, late or in part. Another half's state,
 after a partition, is taken the same way: theta becomes theirs, x stays, and the difference between
 the two halves is the next contribution's (`reconcile`).
+
+With fragments (Streaming DiLoCo, arXiv 2501.18512) all this happens to a round's units alone, and
+`pending` is what they changed since their last turn. Two more of its options concern x only, and
+so need no agreement: x moves along once at least tau inner steps were made since the freeze, and
+then becomes alpha of what it was and 1 - alpha of what it would be. (What alpha keeps of the local
+values is sent again, so with alpha some work counts more than once.)
 """
 
 from __future__ import annotations
@@ -25,16 +31,31 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from peer.errors import ManifestError
 from peer.train.composite import Mix, split
 from peer.train.inner import Float32, Inner
 from peer.train.method import ArrayMap, Reducer, StepResult
 from peer.train.mixing import UnitMixer, add_mix
 from peer.train.mixtable import MixTable
 from peer.train.owed import Owed
+from protocols.fragments import Fragments
 from tensorcodecs import VALUE_ABS_MAX, DecodeError
 
 MIXES: Final = "mixes"
 """What the state calls the table of mixes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Streaming:
+    """Streaming DiLoCo's options; see the module."""
+
+    fragments: int = 1
+    tau: int = 0
+    """Inner steps."""
+    alpha: float = 0.0
+
+
+WHOLE: Final = Streaming()
 
 UnitCoder = Callable[[int, int, str | None], list[bytes]]
 """The coded bytes of units start..stop-1, in the codec of that name or the method's own."""
@@ -56,8 +77,17 @@ class FrozenWork:
 class _Pending:
     """The frozen difference of the last contribution, and where it has been counted."""
 
-    delta: Float32  # (N,)
+    units: range
+    start: int
+    """The first of the units' values in theta."""
+    delta: Float32
+    """Theirs only."""
     counted: npt.NDArray[np.bool_] = field(repr=False)
+    """Of all units."""
+
+    def of(self, where: slice) -> Float32:
+        """The difference of a unit whose values in theta are at `where`."""
+        return self.delta[where.start - self.start : where.stop - self.start]
 
 
 class FlatMethod(ABC):
@@ -78,15 +108,29 @@ class FlatMethod(ABC):
         others: Mapping[str, Float32],
         *,
         staleness: float = 0.0,
+        streaming: Streaming = WHOLE,
     ) -> None:
-        """`others`: parts of the outer state besides theta. `staleness`: see `Owed`."""
+        """`others`: parts of the outer state besides theta. `staleness`: see `Owed`.
+
+        Raises:
+            ManifestError: more fragments than units.
+        """
         self.inner = inner
         self.units = units
         self._theta_N = inner.to_numpy()
         self._outer: dict[str, Float32] = {self._main: self._theta_N, **others}
         sizes = [where.stop - where.start for where in map(self._slice, range(units))]
-        self._owed = Owed(sizes, staleness)
+        check_fragments(streaming.fragments, units)
+        self.fragments = Fragments.cut(sizes, streaming.fragments)
+        self._streaming = streaming
+        self._digests: list[bytes | None] = [None] * self.fragments.count
+        """Of each fragment's state, until it changes."""
+        self._owed = Owed(sizes, staleness, streaming.fragments)
         self._pending: _Pending | None = None
+        self._ahead = 0
+        """Inner steps since the last contribution was frozen."""
+        self._due: list[tuple[slice, Float32]] = []
+        """By what x has yet to move along, once tau steps were made."""
 
     _main = "theta"
     """What the state calls theta."""
@@ -102,8 +146,8 @@ class FlatMethod(ABC):
         """The unit's values in theta."""
 
     @abstractmethod
-    def _freeze(self, x_N: Float32) -> tuple[Float32, UnitCoder]:
-        """(theta - x, its coder). `x_N` is a copy that may be overwritten."""
+    def _freeze(self, units: range, where: slice, x_F: Float32) -> tuple[Float32, UnitCoder]:
+        """(theta - x of these units, its coder). `where` they lie; `x_F` may be overwritten."""
 
     @abstractmethod
     def _outer_step(self, unit: int, payload: bytes) -> None:
@@ -129,52 +173,81 @@ class FlatMethod(ABC):
     def step(self, batch: torch.Tensor) -> StepResult:
         result = self.inner.step(batch)
         self._owed.add(result.tokens)
+        self._ahead += 1
+        if self._due and self._ahead >= self._streaming.tau:
+            self._move_along()
         return result
 
-    def contribution(self) -> FrozenWork:
-        delta_N, unit_bytes = self._freeze(self.inner.to_numpy())
-        if not sound(delta_N):
+    def contribution(self, units: range | None = None) -> FrozenWork:
+        self._move_along()
+        self._ahead = 0
+        chosen = range(self.units) if units is None else units
+        where = slice(self._slice(chosen.start).start, self._slice(chosen.stop - 1).stop)
+        delta_F, unit_bytes = self._freeze(chosen, where, self.inner.to_numpy(where))
+        if not sound(delta_F):
             # The optimiser ran away; go back to what the swarm has rather than poison it.
             self.dropped_work += 1
             self.inner.load(self._theta_N)
             self.inner.forget(slice(None))
             self._reset()
             return FrozenWork(0.0, unit_bytes)
-        weight = self._owed.freeze(self._pending.counted if self._pending is not None else None)
-        self._pending = _Pending(delta_N, np.zeros(self.units, np.bool_))
+        counted = self._pending.counted if self._pending is not None else None
+        sent = np.zeros(self.units, np.bool_)
+        sent[chosen.start : chosen.stop] = True
+        weight = self._owed.freeze(counted, sent)
+        self._pending = _Pending(chosen, where.start, delta_F, np.zeros(self.units, np.bool_))
         return FrozenWork(weight, unit_bytes, self._snr_db)
 
-    def apply(self, outcome: Sequence[bytes], mine: npt.NDArray[np.bool_]) -> None:
-        if len(outcome) != self.units or mine.shape != (self.units,):
-            raise ValueError(f"an outcome of {len(outcome)} units, expected {self.units}")
-        pending = self._pending
-        for unit, payload in enumerate(outcome):
-            if not payload:
-                continue
-            where = self._slice(unit)
-            old_U = self._theta_N[where].copy()
-            averaged = self._apply_unit(unit, payload)
-            shift_U = self._theta_N[where] - old_U
-            if averaged and pending is not None and mine[unit] and not pending.counted[unit]:
-                shift_U += pending.delta[where]
-                pending.counted[unit] = True
-                self._included(where)
-            self.inner.shift(where, shift_U)
+    def owes(self) -> bool:
+        return self._owed.any
 
-    def _apply_unit(self, unit: int, payload: bytes) -> bool:
-        """The mean, then the mixes; whether there was a mean. What can't be decoded changes
-        nothing, on any peer alike."""
-        averaged = False
+    def apply(self, outcome: Sequence[bytes], mine: npt.NDArray[np.bool_], first: int = 0) -> None:
+        units = range(first, first + len(outcome))
+        if units not in map(self.fragments.of, range(self.fragments.count)):
+            raise ValueError(f"an outcome of units {units}, which are no fragment")
+        if mine.shape != (len(units),):
+            raise ValueError(f"{mine.shape} flags for {len(units)} units")
+        for unit, payload, own in zip(units, outcome, mine, strict=True):
+            if payload:
+                where = self._slice(unit)
+                shift_U = self._apply_unit(unit, where, payload, bool(own))
+                if self._ahead < self._streaming.tau:
+                    self._due.append((where, shift_U))
+                else:
+                    self.inner.shift(where, shift_U)
+        self._digests[self.fragments.edges.index(first)] = None
+
+    def _apply_unit(self, unit: int, where: slice, payload: bytes, mine: bool) -> Float32:
+        """The mean, then the mixes: by how much x moves. What can't be decoded changes nothing,
+        on any peer alike."""
+        pending, averaged = self._pending, False
         mixes: tuple[Mix, ...] = ()
+        before_U = self._theta_N[where].copy()
         with self._refusing():
             mean, mixes = split(payload) if self.mixes is not None else (payload, ())
             if mean:
                 self._outer_step(unit, mean)
                 averaged = True
-        for mix in mixes:
-            with self._refusing():
-                self._mix(unit, mix)
-        return averaged
+        shift_U: Float32 = self._theta_N[where] - before_U
+        fresh = pending is not None and unit in pending.units and not pending.counted[unit]
+        if averaged and mine and pending is not None and fresh:
+            shift_U += pending.of(where)
+            shift_U *= np.float32(1.0 - self._streaming.alpha)
+            pending.counted[unit] = True
+            self._included(where)
+        if mixes:
+            before_U[:] = self._theta_N[where]
+            for mix in mixes:
+                with self._refusing():
+                    self._mix(unit, mix)
+            shift_U += self._theta_N[where] - before_U
+        return shift_U
+
+    def _move_along(self) -> None:
+        """x follows what was applied."""
+        for where, shift_U in self._due:
+            self.inner.shift(where, shift_U)
+        self._due.clear()
 
     @contextmanager
     def _refusing(self) -> Iterator[None]:
@@ -216,6 +289,7 @@ class FlatMethod(ABC):
 
     def reconcile(self, arrays: Mapping[str, npt.NDArray[Any]], tokens: float, rounds: int) -> None:
         self._replace(arrays)
+        self._move_along()  # x is what it is: its distance from theirs is our history
         self._reset()
         self._owed.reconciled(tokens, rounds)
         if not sound(self._theta_N - self.inner.to_numpy()):
@@ -239,14 +313,31 @@ class FlatMethod(ABC):
             self.mixes.load(arrays[MIXES])
         for name, own in self._outer.items():
             own[:] = arrays[name]
+        self._digests = [None] * self.fragments.count
 
     def digest(self) -> bytes:
         sha = hashlib.sha256(self.inner.layout.digest())
-        for name in sorted(self._outer):
-            sha.update(self._outer[name].data)
-        if self.mixes is not None:
-            sha.update(self.mixes.array.data)
+        if self.fragments.count == 1:
+            self._hash(sha, range(self.units))
+            return sha.digest()
+        # A round changes one fragment: the others' digests are remembered.
+        for index, known in enumerate(self._digests):
+            if known is None:
+                part = hashlib.sha256()
+                self._hash(part, self.fragments.of(index))
+                known = self._digests[index] = part.digest()
+            sha.update(known)
         return sha.digest()
+
+    def _hash(self, sha: hashlib._Hash, units: range) -> None:
+        """The outer state of these units: vectors by their values, the rest by units."""
+        where = slice(self._slice(units.start).start, self._slice(units.stop - 1).stop)
+        for name in sorted(self._outer):
+            values = self._outer[name]
+            whole = len(values) == len(self._theta_N)
+            sha.update(values[where if whole else slice(units.start, units.stop)].data)
+        if self.mixes is not None:
+            sha.update(self.mixes.array[units.start : units.stop].data)
 
     def inner_state(self) -> ArrayMap:
         return self.inner.state()
@@ -266,6 +357,16 @@ class FlatMethod(ABC):
     def _reset(self) -> None:
         self._owed.reset()
         self._pending = None
+        self._due.clear()
+
+
+def check_fragments(fragments: int, units: int) -> None:
+    """Raises ManifestError: the layout has too few units for so many fragments."""
+    if fragments > units:
+        raise ManifestError(
+            f"schedule.fragments: this model has {units} units, too few for {fragments} fragments;"
+            " lower it"
+        )
 
 
 def sound(x_N: npt.NDArray[Any]) -> bool:

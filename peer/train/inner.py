@@ -97,9 +97,9 @@ class Inner:
         """Add to the trainable values at `where`."""
         self.flat[where].add_(torch.from_numpy(shift_N).to(self.device))
 
-    def to_numpy(self) -> Float32:
-        """A copy of the trainable values (N,) on the CPU."""
-        copied: Float32 = self.flat.detach().to("cpu", copy=True).numpy()
+    def to_numpy(self, where: slice = slice(None)) -> Float32:
+        """A copy of the trainable values, or of those at `where`, on the CPU."""
+        copied: Float32 = self.flat[where].detach().to("cpu", copy=True).numpy()
         return copied
 
     def load(self, values_N: Float32) -> None:

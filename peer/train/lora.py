@@ -25,7 +25,7 @@ import torch
 
 from peer.errors import ManifestError
 from peer.manifest import InnerSpec, MethodSpec
-from peer.train.flat import FlatMethod, UnitCoder
+from peer.train.flat import WHOLE, FlatMethod, Streaming, UnitCoder
 from peer.train.inner import Float32, Inner, save_model
 from peer.train.lowrank import Factors, mean_product
 from peer.train.method import Reducer
@@ -50,9 +50,10 @@ class Adapter:
     n: int
     where: slice
 
-    def encode(self, flat_N: Float32) -> bytes:
-        """This pair's part of the flat vector."""
-        return self.frame(flat_N[self.where])
+    @property
+    def size(self) -> int:
+        """Values in both factors."""
+        return self.r * (self.m + self.n)
 
     def frame(self, values: Float32) -> bytes:
         """A, then B, with their shape."""
@@ -70,7 +71,7 @@ class Adapter:
         if shape != (self.m, self.r, self.n):
             raise DecodeError(f"{self.name}: factors of (m, r, n) = {shape}, not "
                               f"{(self.m, self.r, self.n)}")  # fmt: skip
-        values = np.empty(self.where.stop - self.where.start, np.float32)
+        values = np.empty(self.size, np.float32)
         _CODEC.decode_into(memoryview(payload)[_HEADER.size :], values)
         return values
 
@@ -135,11 +136,13 @@ class LoraMethod(FlatMethod):
         seed: int,
         *,
         staleness: float = 0.0,
+        streaming: Streaming = WHOLE,
     ) -> None:
         """Puts adapters into `model` (taken over); A from the seed, B zero, on every peer alike.
 
         Raises:
-            ManifestError: the targets name no layers, or the rank is too large for one.
+            ManifestError: the targets name no layers, the rank is too large for one, or there are
+                more fragments than layers.
         """
         peft_model = _adapt(model, method)
         for name, parameter in peft_model.named_parameters():
@@ -151,7 +154,7 @@ class LoraMethod(FlatMethod):
                 parameter.data.zero_()
         made = Inner(peft_model, inner, device)
         self._adapters = _adapters(made)
-        super().__init__(made, len(self._adapters), {}, staleness=staleness)
+        super().__init__(made, len(self._adapters), {}, staleness=staleness, streaming=streaming)
 
     def reducer(self) -> Reducer:
         return ProductMean(self._adapters)
@@ -168,11 +171,14 @@ class LoraMethod(FlatMethod):
     def _slice(self, unit: int) -> slice:
         return self._adapters[unit].where
 
-    def _freeze(self, x_N: Float32) -> tuple[Float32, UnitCoder]:
+    def _freeze(self, units: range, where: slice, x_F: Float32) -> tuple[Float32, UnitCoder]:
         def encode(start: int, stop: int, codec: str | None) -> list[bytes]:
-            return [adapter.encode(x_N) for adapter in self._adapters[start:stop]]
+            return [
+                adapter.frame(x_F[adapter.where.start - where.start :][: adapter.size])
+                for adapter in self._adapters[start:stop]
+            ]
 
-        return self._theta_N - x_N, encode
+        return self._theta_N[where] - x_F, encode
 
     def _outer_step(self, unit: int, payload: bytes) -> None:
         adapter = self._adapters[unit]

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from peer.train.mixing import UnitMixer
 from peer.train.mixtable import MixTable
+from protocols.fragments import Fragments
 from tensorcodecs import Reduced
 
 if TYPE_CHECKING:
@@ -74,6 +75,9 @@ class Method(Protocol):
 
     units: int
     """How many units a contribution has; the same on every peer of the run."""
+    fragments: Fragments
+    """How the units are cut into what a round exchanges: `schedule.fragments` parts, the same on
+    every peer of the run."""
     mixes: MixTable | None
     """Which mixes with other groups are in the outer state, of which it is part; None: this method
     does not mix, and `mixer` and `outer` are never called. Changed by `apply` and `load_state`
@@ -82,16 +86,22 @@ class Method(Protocol):
     def step(self, batch: torch.Tensor) -> StepResult:
         """One inner step on `batch`: (B, T) int64 token ids. Moves it to the device itself."""
 
-    def contribution(self) -> Contribution:
-        """Freeze the work since the last one and remember where it ended. Training goes on."""
+    def contribution(self, units: range) -> Contribution:
+        """Freeze the work of these units, one of the fragments, since the last one that held them,
+        and remember where it ended. Training goes on."""
 
-    def apply(self, outcome: Sequence[bytes], mine: npt.NDArray[np.bool_]) -> None:
-        """Apply one round: a coded payload per unit (b"" = no change), to the outer state. Where
-        the method mixes, one may be a mean with mixes beside it (`peer.train.composite`).
+    def owes(self) -> bool:
+        """Whether any unit had local work that no outcome contains when the last contribution was
+        frozen. One of no weight that owes nothing stands for work that was thrown away."""
 
-        `mine[unit]` says whether this peer's last contribution is inside that unit's mean. Local
-        progress made since the contribution was frozen is kept; where `mine` is False the frozen
-        work is kept too and so counts in the next round.
+    def apply(self, outcome: Sequence[bytes], mine: npt.NDArray[np.bool_], first: int = 0) -> None:
+        """Apply one round: a coded payload per unit (b"" = no change) from unit `first` on, all of
+        a fragment's, to the outer state. Where the method mixes, one may be a mean with mixes
+        beside it (`peer.train.composite`).
+
+        `mine[unit - first]` says whether this peer's last contribution is inside that unit's mean.
+        Local progress made since the contribution was frozen is kept; where `mine` is False the
+        frozen work is kept too and so counts the next time.
         """
 
     def reducer(self) -> Reducer:

@@ -7,12 +7,13 @@ unit that is
     D[s] = sum over k = 0..s of tokens_k / (1 + lambda k),    tokens_k: of k contributions ago
 
 and the contribution weighs the mean of D over its values. With fragments a unit is exchanged in
-every P-th round only; what it waits for its turn does not make it stale.
+every P-th round only; what it waits for its turn does not make it stale: s is k / P, rounded down.
 
 A peer that took another half's state after a partition (`reconciled`) carries its whole history of
 R rounds and W tokens as one difference. The others' contribution of one round stands for R rounds
 of theirs too, so the difference weighs what an average round did, (W + new) / (R + 1): the result
-is the mix of both halves by their tokens.
+is the mix of both halves by their tokens. With fragments the others' contribution holds P rounds,
+and the difference weighs P times as much.
 """
 
 from __future__ import annotations
@@ -38,12 +39,15 @@ class Owed:
         self._staleness = staleness
         self._fragments = fragments
         self._missed = np.zeros(len(sizes), np.int64)  # contributions since the unit was inside one
+        self._age_max = AGE_MAX * fragments
         self.reset()
 
     def reset(self) -> None:
         """Nothing is owed."""
+        self.any = False
+        """Whether at the latest freeze any unit had work that no outcome contains."""
         self._fresh = 0.0
-        self._rounds: deque[float] = deque(maxlen=AGE_MAX)  # tokens per contribution, latest first
+        self._rounds: deque[float] = deque()  # tokens per contribution, latest first
         self._missed[:] = 0
         self._history = (0.0, 0)
 
@@ -63,14 +67,21 @@ class Owed:
         `units`: which ones this one sends; None: all.
         """
         if counted is not None:
-            self._missed = np.where(counted, 0, np.minimum(self._missed + 1, AGE_MAX - 1))
-        if len(self._rounds) == AGE_MAX:
+            self._missed = np.where(counted, 0, np.minimum(self._missed + 1, self._age_max - 1))
+        if len(self._rounds) == self._age_max:
             oldest = self._rounds.pop()
             self._rounds[-1] += oldest
         self._rounds.appendleft(self._fresh)
         self._fresh = 0.0
         if len(self._missed) == 0:
             return 0.0
+        weight_U = self._weigh()
+        sent = self._sizes if units is None else self._sizes * units
+        self.any = bool((weight_U > 0).any())
+        return float((weight_U * sent).sum() / max(1.0, sent.sum()))
+
+    def _weigh(self) -> npt.NDArray[np.float64]:
+        """What each unit's part of a contribution weighs."""
         tokens = np.array(self._rounds)
         late = np.arange(len(tokens)) // self._fragments
         discounted = np.cumsum(tokens / (1.0 + self._staleness * late))
@@ -79,9 +90,8 @@ class Owed:
         before, rounds = self._history
         if rounds:
             never = self._missed >= len(tokens) - 1
-            whole = (before + float(tokens.sum())) / (rounds + len(tokens))
+            whole = (before + float(tokens.sum())) / (rounds + len(tokens)) * self._fragments
             weight_U = np.where(never, whole, weight_U)
             if not never.any():
                 self._history = (0.0, 0)
-        sent = self._sizes if units is None else self._sizes * units
-        return float((weight_U * sent).sum() / max(1.0, sent.sum()))
+        return weight_U

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from peer.manifest import OuterSpec
-from peer.train.flat import FlatMethod, UnitCoder, sound
+from peer.train.flat import WHOLE, FlatMethod, Streaming, UnitCoder, sound
 from peer.train.inner import Float32, Inner, save_model
 from peer.train.method import ArrayMap, Reducer
 from peer.train.mixing import UnitMixer
@@ -55,7 +55,7 @@ class PretrainMethod(FlatMethod):
 
     def __init__(
         self, inner: Inner, outer: OuterSpec, codec: Codec, *, adaptive: bool = False,
-        mixing: bool = False,
+        mixing: bool = False, streaming: Streaming = WHOLE,
     ) -> None:  # fmt: skip
         """`adaptive`: each link may code contributions otherwise, as its bandwidth allows.
         `mixing`: the state remembers mixes with other groups."""
@@ -67,7 +67,10 @@ class PretrainMethod(FlatMethod):
             )
         else:
             self._optimizer = Nesterov(layout.numel, largest, outer.lr, outer.momentum)
-        super().__init__(inner, layout.units, self._optimizer.arrays, staleness=outer.staleness)
+        super().__init__(
+            inner, layout.units, self._optimizer.arrays, staleness=outer.staleness,
+            streaming=streaming,
+        )  # fmt: skip
         self._codec = codec
         self._snr_db = SNR_DB if adaptive else None
         self._decay = decay_of(codec.name)
@@ -75,7 +78,8 @@ class PretrainMethod(FlatMethod):
         self._mean_codec = codec if self._decay is None else get_codec(MEAN_CODEC)
         kept = inner.layout.numel if self._decay is not None else 0
         self._residual_N = np.zeros(kept, np.float32)
-        self._next_residual_N = self._residual_N
+        self._next_residual = (0, self._residual_N)
+        """Of the last contribution's values: the first of them, and what the codec left out."""
         self._mean = np.empty(CHUNK_VALUES, np.float32)
         self.mixes = MixTable(self.units) if mixing else None
         # Without momentum what the optimiser remembers moves nothing: only parameters are mixed.
@@ -95,25 +99,29 @@ class PretrainMethod(FlatMethod):
     def _slice(self, unit: int) -> slice:
         return self.inner.layout.unit_slice(unit)
 
-    def _freeze(self, x_N: Float32) -> tuple[Float32, UnitCoder]:
-        delta_N = np.subtract(self._theta_N, x_N, out=x_N)
+    def _freeze(self, units: range, where: slice, x_F: Float32) -> tuple[Float32, UnitCoder]:
+        delta_F = np.subtract(self._theta_N[where], x_F, out=x_F)
+        first = units.start
 
-        if self._decay is not None and sound(delta_N):
-            frames, self._next_residual_N = encode_with_feedback(
-                self._codec, delta_N, self._residual_N, self._decay
+        if self._decay is not None and sound(delta_F):
+            frames, left_F = encode_with_feedback(
+                self._codec, delta_F, self._residual_N[where], self._decay
             )
-            return delta_N, lambda start, stop, _: frames[start:stop]
+            self._next_residual = (where.start, left_F)
+            return delta_F, lambda start, stop, _: frames[start - first : stop - first]
 
         def encode(start: int, stop: int, codec: str | None) -> list[bytes]:
             chosen = self._codec if codec is None else get_codec(codec)
-            return chosen.encode_many(delta_N[start * CHUNK_VALUES : stop * CHUNK_VALUES])
+            a, b = (start - first) * CHUNK_VALUES, (stop - first) * CHUNK_VALUES
+            return chosen.encode_many(delta_F[a:b])
 
-        return delta_N, encode
+        return delta_F, encode
 
     def _included(self, where: slice) -> None:
         # What did not arrive is part of the next difference anyway: there the old residual counts.
         if self._decay is not None:
-            self._residual_N[where] = self._next_residual_N[where]
+            first, left_F = self._next_residual
+            self._residual_N[where] = left_F[where.start - first : where.stop - first]
 
     def _reset(self) -> None:
         super()._reset()

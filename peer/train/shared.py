@@ -16,6 +16,7 @@ import torch
 from peer.errors import DataError
 from peer.train.method import DataSource
 from protocols.blocks import BlockRange, BlockReport, from_wire
+from protocols.fragments import Fragments
 from protocols.ledger import Counted, Entry, Ledger
 from protocols.ledger_state import pack_ledger, unpack_ledger
 from protocols.sharding import Shares, block_of
@@ -29,15 +30,15 @@ class SharedStream:
     """An endless stream of batches (B, T). Touch it from one thread only."""
 
     def __init__(
-        self, source: DataSource, run: RunId, me: PeerId, units: int, *, batch_size: int
+        self, source: DataSource, run: RunId, me: PeerId, fragments: Fragments, *, batch_size: int
     ) -> None:
-        """`units`: of the layout; a block is trained once its work is inside all of them."""
-        self.work = Worklist(me, Ledger(run, source.blocks, units))
+        """`fragments`: of the layout; a block is trained once its work is inside all units."""
+        self.work = Worklist(me, Ledger(run, source.blocks, fragments.units, fragments))
         self.spare_blocks = 0
         """Trained on although all within reach was somebody's: counted nowhere else."""
         self._source = source
         self._run = run
-        self._units = units
+        self._fragments = fragments
         self._batch_size = batch_size
         self._samples: deque[torch.Tensor] = deque()
         self._block = (0, 0)
@@ -102,9 +103,9 @@ class SharedStream:
         """Who said goodbye; the next report passes it on."""
         self._left = tuple(peers)
 
-    def report(self) -> BlockReport:
-        """For the contribution that was frozen in this moment."""
-        return self.work.report(self._left)
+    def report(self, number: int) -> BlockReport:
+        """For the contribution to round `number` that was frozen in this moment."""
+        return self.work.report(number, self._left)
 
     def leave(self) -> None:
         """Begin no further block."""
@@ -132,5 +133,6 @@ class SharedStream:
         Raises:
             SchemaError: it is none of this run and its data.
         """
-        ledger = unpack_ledger(data, self._run, self._source.blocks, self._units)
+        cut = self._fragments
+        ledger = unpack_ledger(data, self._run, self._source.blocks, cut.units, cut)
         self.work.adopt(ledger, from_wire(avoid))

@@ -41,8 +41,9 @@ class Batches(Protocol):
     def drain_used(self) -> list[tuple[int, int]]:
         """(epoch, block) pairs used since the last call."""
 
-    def report(self) -> BlockReport:
-        """What the others are told of the blocks behind the contribution frozen now."""
+    def report(self, number: int) -> BlockReport:
+        """What the others are told of the blocks behind round `number`'s contribution, frozen
+        now."""
 
     def drop(self) -> None:
         """The local work since the last contribution that was inside is gone."""
@@ -170,15 +171,16 @@ class Trainer:
             self._wake.notify()
         return await asyncio.wrap_future(answer)
 
-    async def harvest(self) -> Harvest:
-        """Freeze the work since the last harvest, with its blocks and statistics, in one piece."""
+    async def harvest(self, number: int) -> Harvest:
+        """Freeze what round `number` takes of the work so far, with the blocks and statistics since
+        the last harvest, in one piece."""
 
         def freeze(method: Method) -> Harvest:
-            contribution = method.contribution()
+            contribution = method.contribution(method.fragments.of(number))
             used = self.batches.drain_used()
-            if contribution.weight <= 0:
+            if contribution.weight <= 0 and not method.owes():
                 self.batches.drop()  # no step was sound, or the method threw it all away
-            report = self.batches.report()
+            report = self.batches.report(number)
             return Harvest(contribution, used, self._take_stats(), report)
 
         return await self.run(freeze)

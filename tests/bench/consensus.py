@@ -303,9 +303,9 @@ def _notes(scale: _Scale) -> list[str]:
         "One group knows: in each slot one group holds what is G times the mean and all others "
         "hold nothing, the worst start there is; time until the furthest group is within 1 % of "
         f"the mean, the mean of {scale.seeds} seeds and {SLOTS} slots. The sum of squared "
-        "distances begins at G (G - 1) squared means. If all groups were equally far, 1 % would be reached "
-        "after ln(G) + 9.2 periods in which the variance falls by e; as no group is further than "
-        "the root of that sum, 2 ln(G) + 9.2 do in any case."
+        "distances begins at G (G - 1) squared means. If all groups were equally far, 1 % would "
+        "be reached after ln(G) + 9.2 periods in which the variance falls by e; as no group is "
+        "further than the root of that sum, 2 ln(G) + 9.2 do in any case."
     )
     overlap = (
         "Where groups are larger a mix does less: who lends is alone in its group to know of the "

@@ -27,12 +27,16 @@ from tests.toys import ToyData, ToyMethod
 E = TypeVar("E", bound=ev.Event)
 
 
-def toy_manifest(round_s: float = 0.4, exchange_s: float = 3.0) -> Manifest:
+def toy_manifest(round_s: float = 0.4, exchange_s: float = 3.0, fragments: int = 1) -> Manifest:
     return dataclasses.replace(
         default_manifest(),
         name="toy",
         schedule=ScheduleSpec(
-            round_s=round_s, exchange_s=exchange_s, evaluate_every=1, checkpoint_every=5
+            round_s=round_s,
+            exchange_s=exchange_s,
+            evaluate_every=1,
+            checkpoint_every=5,
+            fragments=fragments,
         ),
     )
 
@@ -111,7 +115,7 @@ class Swarm:
         seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
 
         def build(manifest: Manifest, assets: Path) -> tuple[Method, DataSource]:
-            method = ToyMethod(self.size, seed)
+            method = ToyMethod(self.size, seed, fragments=manifest.schedule.fragments)
             method.snr_db = (16.5, 5.5) if self.adaptive else None
             return method, ToyData()
 
@@ -177,10 +181,11 @@ class Swarm:
 
 @contextlib.asynccontextmanager
 async def swarm(
-    folder: Path, manifest: Manifest | None = None, *, adaptive: bool = False
-) -> AsyncIterator[Swarm]:
+    folder: Path, manifest: Manifest | None = None, *, adaptive: bool = False,
+    size: int = 300_000,
+) -> AsyncIterator[Swarm]:  # fmt: skip
     """A swarm whose peers all end with the block. `adaptive`: every link chooses its codec."""
-    it = Swarm(folder, manifest)
+    it = Swarm(folder, manifest, size)
     it.adaptive = adaptive
     try:
         yield it

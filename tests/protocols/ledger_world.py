@@ -11,6 +11,7 @@ import random
 from dataclasses import dataclass, field
 
 from protocols.blocks import BlockReport, from_wire
+from protocols.fragments import Fragments
 from protocols.ledger import Entry, Ledger
 from protocols.ledger_state import pack_ledger, unpack_ledger
 from protocols.sharding import Shares
@@ -35,12 +36,14 @@ class LedgerWorld:
     """One group. `step` is a round."""
 
     def __init__(
-        self, seed: int, *, blocks: int, units: int = 4, loss: float = 0.0, part: float = 0.0
-    ) -> None:
+        self, seed: int, *, blocks: int, units: int = 4, loss: float = 0.0, part: float = 0.0,
+        fragments: int = 1,
+    ) -> None:  # fmt: skip
         """`loss`: chance that a contribution is left out; `part`: that it is inside in part."""
         self.rng = random.Random(seed)
         self.seed = seed
         self.blocks, self.units, self.loss, self.part = blocks, units, loss, part
+        self.fragments = Fragments.cut([1] * units, fragments)
         self.members: dict[PeerId, Member] = {}
         self.said_goodbye: set[PeerId] = set()
         self.round = 0
@@ -57,9 +60,10 @@ class LedgerWorld:
         me = PeerId(name)
         self.lives += 1
         donor = next(iter(self.members.values()), None)
-        ledger = Ledger(RUN, self.blocks, self.units)
+        what = (RUN, self.blocks, self.units, self.fragments)
+        ledger = Ledger(*what)
         if donor is not None:
-            ledger = unpack_ledger(pack_ledger(donor.work.ledger), RUN, self.blocks, self.units)
+            ledger = unpack_ledger(pack_ledger(donor.work.ledger), *what)
         elif self.round:
             raise AssertionError("everybody is gone")
         work = Worklist(me, ledger)
@@ -98,7 +102,7 @@ class LedgerWorld:
     def step(self) -> None:
         for member in self.members.values():
             self.train(member, member.speed)
-            member.report = member.work.report(self.said_goodbye)
+            member.report = member.work.report(self.round, self.said_goodbye)
             member.frozen = {u: set(work) for u, work in member.local.items()}
         for member in self.members.values():
             self.train(member, member.speed * self.rng.uniform(0, 1))
@@ -106,8 +110,14 @@ class LedgerWorld:
         for me, member in sorted(self.members.items()):
             if self.rng.random() < self.loss:
                 continue
-            every = (1 << self.units) - 1
-            cover = self.rng.randint(1, every) if self.rng.random() < self.part else every
+            units = self.fragments.of(self.round)
+            if member.work.leaving and not any(member.frozen[unit] for unit in units):
+                if not any(member.frozen.values()):
+                    member.work.drop()  # as the trainer does where the method owes nothing
+                continue  # a contribution that weighs nothing is not sent
+            every = (1 << len(units)) - 1
+            some = self.rng.randint(1, every) if self.rng.random() < self.part else every
+            cover = some << units.start
             entries.append(Entry(me, member.report, cover))
         self._apply(entries)
 

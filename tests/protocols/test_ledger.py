@@ -48,9 +48,11 @@ def test_where_nothing_goes_wrong_every_block_is_trained_exactly_once() -> None:
 def test_whatever_happens_every_block_is_trained_or_accounted_for() -> None:
     for seed in range(SEEDS):
         rng = random.Random(seed)
+        units = rng.choice([1, 4, 9])
         world = LedgerWorld(
-            seed, blocks=rng.choice([5, 64, 300, 5000]), units=rng.choice([1, 4, 9]),
+            seed, blocks=rng.choice([5, 64, 300, 5000]), units=units,
             loss=rng.choice([0, 0.1, 0.3]), part=rng.choice([0, 0.3, 0.8]),
+            fragments=rng.choice([1, 1, min(2, units), min(4, units)]),
         )  # fmt: skip
         names = [f"p{i}" for i in range(rng.randint(2, 9))]
         for name in names[: rng.randint(1, len(names))]:

@@ -37,7 +37,7 @@ NOBODY: set[PeerId] = set()
 
 def plan_of(members: int = 4, aggregators_max: int = 2, epoch: int = 3) -> Plan:
     return make_plan(
-        run=RUN, group=GROUP, epoch=epoch, round=7, seats=seats([10] * members), units=20,
+        run=RUN, group=GROUP, epoch=epoch, round=7, seats=seats([10] * members), units=range(20),
         aggregators_max=aggregators_max, train_ms=int(TRAIN_S * 1000),
         exchange_ms=int(EXCHANGE_S * 1000), digest=Digest(bytes(32)),
     )  # fmt: skip

@@ -105,7 +105,7 @@ def test_a_member_cannot_make_everybody_wait_a_day() -> None:
     day_ms = 24 * 3600 * 1000
     plan = make_plan(
         run=RUN, group=HERE, epoch=scene.plan.epoch + 1, round=scene.plan.round + 1,
-        seats=[Seat(p.id, 10_000) for p in scene.peers], units=UNITS, aggregators_max=4,
+        seats=[Seat(p.id, 10_000) for p in scene.peers], units=range(UNITS), aggregators_max=4,
         train_ms=day_ms, exchange_ms=day_ms, digest=Digest(b""),
     )  # fmt: skip
     before = scene.see(scene.victim.machine, alive=False)

@@ -19,6 +19,7 @@ from peer.train.mixtable import MixTable
 from protocols import limits
 from protocols.errors import RemoteProtocolError
 from protocols.events import Send, Tick
+from protocols.fragments import Fragments
 from protocols.gossip import GossipConfig, GossipMachine
 from protocols.gossip_events import (
     AnswerDebt,
@@ -76,14 +77,16 @@ class State:
     values: list[int]
     table: MixTable
     round: int = 0
+    fragments: int = 1
 
     def copy(self) -> State:
-        return State(list(self.values), self.table.copy(), self.round)
+        return State(list(self.values), self.table.copy(), self.round, self.fragments)
 
     def maybe(self, mix: MixId, loan: Loan, group: GroupName) -> int:
         """Units that have the mix, or would have forgotten it."""
         where = (loan.start, loan.stop)
-        forgotten = self.table.forgotten(loan.until(group), loan.sign_for(group), *where)
+        until = loan.until(group, self.fragments)
+        forgotten = self.table.forgotten(until, loan.sign_for(group), *where)
         return self.table.mask(mix, *where) | forgotten
 
     def apply(self, entry: Entry) -> None:
@@ -128,8 +131,9 @@ class GossipWorld:
 
     def __init__(
         self, seed: int | str, *, units: int = 6, slots: int = 3, every: int = 4, loss: float = 0.0,
-        crash: float = 0.0, round_s: float = 5.0, coded: float = 0.0,
+        crash: float = 0.0, round_s: float = 5.0, fragments: int = 1, coded: float = 0.0,
     ) -> None:  # fmt: skip
+        """`round_s`: of a turn of all fragments; every so many of them a slot is mixed."""
         self.seed = seed
         self.rng = random.Random(seed)
         self.now_s = 0.0
@@ -137,8 +141,10 @@ class GossipWorld:
         self.crash = crash
         """Chance that a member dies in a round, at some moment of it."""
         self.config = GossipConfig(
-            run=RUN, units=units, every=every, slots=slots, round_s=round_s, exchange_s=10.0
-        )
+            run=RUN, units=units, every=every * fragments, slots=slots, round_s=round_s,
+            exchange_s=10.0, fragments=fragments,
+        )  # fmt: skip
+        self.fragments = Fragments.cut([1] * units, fragments)
         self.groups: dict[GroupName, Group] = {}
         self.peers: dict[PeerId, Member] = {}
         self.told: list[tuple[PeerId, GossipTold]] = []
@@ -158,8 +164,10 @@ class GossipWorld:
 
     # ── making and breaking ──────────────────────────────────────────────────────────────
     def add_group(self, name: str, size: int, values: Sequence[int]) -> Group:
-        group = Group(GroupName(name), self.config.round_s * self.rng.uniform(0.8, 1.25))
-        group.head = State(list(values), MixTable(self.config.units))
+        round_s = self.config.round_s / self.fragments.count
+        group = Group(GroupName(name), round_s * self.rng.uniform(0.8, 1.25))
+        table = MixTable(self.config.units)
+        group.head = State(list(values), table, fragments=self.fragments.count)
         self.groups[group.name] = group
         for _ in range(size):
             self.add_member(group)
@@ -220,9 +228,10 @@ class GossipWorld:
             if self.rng.random() < self.crash and len(group.living) > 1:
                 victim = self.rng.choice(group.living)  # perhaps the aggregator, perhaps before
                 self._after(self.rng.uniform(0, group.round_s), lambda: self._die(victim))
-            cut = self.rng.randint(0, self.config.units)
-            spans = [(a, b) for a, b in ((0, cut), (cut, self.config.units)) if a < b]
-            entry = Entry({}, (), self._learn())
+            units = self.fragments.of(number)
+            cut = self.rng.randint(units.start, units.stop)
+            spans = [(a, b) for a, b in ((units.start, cut), (cut, units.stop)) if a < b]
+            entry = Entry({}, (), self._learn(units))
             for start, stop in spans:
                 self._reduce(group, self.rng.choice(ready), ready, start, stop, entry)
             group.log.append(entry)
@@ -235,11 +244,13 @@ class GossipWorld:
                 self._after(0.1 * (missed + 1), self._applier(member))  # it catches up
         self._after(group.round_s * self.rng.uniform(0.9, 1.1), lambda: self._round(group))
 
-    def _learn(self) -> list[int]:
+    def _learn(self, units: range) -> list[int]:
         if not self.learn:
             return []
-        steps = [round(self.rng.gauss(0.0, self.learn)) for _ in self.learned]
-        self.learned = [old + step for old, step in zip(self.learned, steps, strict=True)]
+        steps = [0] * len(self.learned)
+        for unit in units:
+            steps[unit] = round(self.rng.gauss(0.0, self.learn))
+            self.learned[unit] += steps[unit]
         return steps
 
     def _die(self, victim: Member) -> None:
@@ -296,7 +307,9 @@ class GossipWorld:
                     if sign > 0:
                         member.payloads.setdefault(mix, {})[unit] = d
             living = tuple(sorted(m.id for m in group.living))
-            self.feed(member, RoundDone(group.name, number + 1, living, entry.notes))
+            here = sum(m.state.round >= number for m in group.living)
+            firm = 2 * here > len(group.living)
+            self.feed(member, RoundDone(group.name, number + 1, living, entry.notes, firm))
 
         return apply
 
@@ -405,7 +418,8 @@ class GossipWorld:
                 self._later(member, DebtAnswered(mix, to.peer, "unreachable"))
                 return
             inside = other.state.table.mask(mix, loan.start, loan.stop)
-            late = other.state.table.forgotten(loan.until(loan.lender), -1, loan.start, loan.stop)
+            until = loan.until(loan.lender, self.fragments.count)
+            late = other.state.table.forgotten(until, -1, loan.start, loan.stop)
             offered = DebtOffered(member.id, signed, loan, mask, inside, late)
             answers = self.feed(other, offered)
             answer = answers[0].answer if answers and isinstance(answers[0], AnswerDebt) else None

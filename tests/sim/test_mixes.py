@@ -45,6 +45,33 @@ def test_members_that_crash_between_commitment_and_payment_leave_nothing_one_sid
     assert not record.mixes.lost
 
 
+CUT_THROUGH = two_towns(
+    3.0,
+    faults=(Fault(at_s=38.0, kind=Kind.cut, targets=(0, 1, 3), seconds=30.0),),
+    gossip_every=1,
+    round_s=4.0,
+)
+"""Both towns are parted, two peers here and one there, and mix on either side of the wall."""
+
+
+def test_what_the_smaller_parts_of_groups_mix_in_a_partition_is_on_neither_side() -> None:
+    record = simulate(CUT_THROUGH)
+    assert not record.violations, to_text(record)
+    assert record.mixes.neither
+
+
+def test_groups_whose_parts_pay_at_once_leave_mixes_on_one_side(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Why a mix waits for most of its group: without, the judge finds half of them torn."""
+    from protocols.standing import Standing
+
+    monkeypatch.setattr(Standing, "firm", lambda *_: True)
+    record = simulate(CUT_THROUGH)
+    assert promises(record) == {"mass is conserved"}
+    assert record.mixes.torn
+
+
 def test_part_of_the_random_scenarios_mixes() -> None:
     every = [draw(seed).gossip_every for seed in range(64)]
     assert set(every) == {0, 1, 2, 4}

@@ -62,6 +62,7 @@ from protocols.events import (
     Tick,
     Undelivered,
 )
+from protocols.fragments import Fragments
 from protocols.group import GroupConfig, GroupMachine
 from protocols.identity import Signer
 from protocols.messages import (
@@ -156,6 +157,7 @@ class World:
         round_s_max: float = 0.0,
         units: int = UNITS,
         members_max: int = limits.GROUP_MEMBERS_MAX,
+        fragments: int = 1,
     ) -> None:
         self.seed = seed
         self.members_max = members_max
@@ -168,6 +170,7 @@ class World:
         self.round_s = round_s
         self.exchange_s = exchange_s
         self.units = units
+        self.fragments = Fragments.cut([1] * units, fragments)
         self.round_s_max = round_s_max
         self.peers: dict[PeerId, Peer] = {}
         self.cut: set[frozenset[PeerId]] = set()
@@ -193,6 +196,7 @@ class World:
         config = GroupConfig(
             run=RUN,
             units=self.units,
+            fragments=self.fragments,
             site=site,
             members_max=self.members_max,
             round_s=self.round_s,

@@ -7,6 +7,7 @@ import torch
 
 from peer.errors import DataError
 from peer.train.shared import SharedStream
+from protocols.fragments import Fragments
 from protocols.ledger import Entry
 from protocols.schema import SchemaError
 from protocols.sharding import Shares, block_of
@@ -14,14 +15,15 @@ from protocols.types import GroupName, PeerId, RunId
 from tests.train.test_stream import Numbered
 
 RUN = RunId("ab" * 32)
+WHOLE = Fragments((0, 2))
 
 
 def stream(blocks: int = 40, peer: str = "a", batch_size: int = 3) -> SharedStream:
-    return SharedStream(Numbered(blocks), RUN, PeerId(peer), 2, batch_size=batch_size)
+    return SharedStream(Numbered(blocks), RUN, PeerId(peer), WHOLE, batch_size=batch_size)
 
 
 def round_of(number: int, streams: list[SharedStream]) -> None:
-    entries = [Entry(s.work.me, s.report(), 0b11) for s in streams]
+    entries = [Entry(s.work.me, s.report(number), 0b11) for s in streams]
     for s in streams:
         s.apply(number, entries)
 
@@ -30,11 +32,11 @@ def test_a_block_counts_as_trained_once_its_last_sample_is_out() -> None:
     one = stream(batch_size=2)
     one.next_batch()
     assert (len(one.work.in_flight), one.work.open is not None) == (0, True)
-    assert one.report().begun
-    assert not one.report().trained
+    assert one.report(0).begun
+    assert not one.report(0).trained
     one.next_batch()
     assert (len(one.work.in_flight), one.work.open is not None) == (1, True)
-    assert [r.stop - r.start for r in one.report().trained] == [1]
+    assert [r.stop - r.start for r in one.report(0).trained] == [1]
 
 
 def test_alone_every_block_comes_once_per_epoch() -> None:
@@ -71,7 +73,7 @@ def test_the_rest_of_a_block_that_another_has_trained_is_dropped() -> None:
     mine = one.drain_used()[0]
     other.work.open = one.work.open
     other.work.finished()
-    one.apply(0, [Entry(other.work.me, other.report(), 0b11)])
+    one.apply(0, [Entry(other.work.me, other.report(0), 0b11)])
     one.next_batch()
     assert one.drain_used() != [mine]
 
@@ -95,7 +97,7 @@ def test_who_leaves_begins_nothing_and_says_so() -> None:
     one = stream(batch_size=2)
     one.next_batch()
     one.leave()
-    report = one.report()
+    report = one.report(0)
     assert (report.final, report.held, len(report.begun)) == (True, (), 1)
     one.apply(0, [Entry(one.work.me, report, 0b11)])
     assert one.work.ledger.totals().reissued == 1
@@ -107,7 +109,7 @@ def test_blocks_without_samples_are_passed_over_and_all_empty_is_an_error() -> N
         def block(self, index: int, epoch: int) -> list[torch.Tensor]:
             return super().block(index, epoch) if index == 7 else []
 
-    some = SharedStream(Sparse(12), RUN, PeerId("a"), 2, batch_size=3)
+    some = SharedStream(Sparse(12), RUN, PeerId("a"), WHOLE, batch_size=3)
     assert {int(some.next_batch()[0, 0]) for _ in range(3)} == {7}
     assert len(some.work.in_flight) > 3, "the empty ones are done, too"
 
@@ -116,7 +118,7 @@ def test_blocks_without_samples_are_passed_over_and_all_empty_is_an_error() -> N
             return []
 
     with pytest.raises(DataError, match="sequence_length"):
-        SharedStream(Empty(12), RUN, PeerId("a"), 2, batch_size=3).next_batch()
+        SharedStream(Empty(12), RUN, PeerId("a"), WHOLE, batch_size=3).next_batch()
 
 
 def test_with_nothing_left_within_reach_a_peer_trains_on_and_says_nothing() -> None:

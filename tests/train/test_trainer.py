@@ -15,6 +15,7 @@ from peer.errors import DataError
 from peer.train.method import StepResult
 from peer.train.trainer import Trainer
 from protocols.blocks import NO_BLOCKS, BlockReport
+from protocols.fragments import Fragments
 
 
 class Toy:
@@ -43,7 +44,12 @@ class Toy:
             return StepResult(loss=float(self.steps), tokens=10)
         return StepResult(loss=float("nan"), tokens=0)
 
-    def contribution(self) -> Any:
+    fragments = Fragments((0, 1))
+
+    def owes(self) -> bool:
+        return False
+
+    def contribution(self, units: range) -> Any:
         return SimpleNamespace(weight=1.0, steps=self.steps)
 
 
@@ -54,7 +60,7 @@ class Batches:
     def drain_used(self) -> list[tuple[int, int]]:
         return [(0, 1)]
 
-    def report(self) -> BlockReport:
+    def report(self, number: int) -> BlockReport:
         return NO_BLOCKS
 
     def drop(self) -> None:
@@ -114,7 +120,7 @@ async def test_a_harvest_tells_of_the_steps_since_the_one_before() -> None:
     await _until_stepped(toys[0])
     await _until_stepped(toys[0])
     trainer.pause()
-    first = await trainer.harvest()
+    first = await trainer.harvest(0)
     total: Any = first.contribution.steps  # type: ignore[attr-defined]
     assert first.blocks == [(0, 1)]
     assert first.stats.steps + first.stats.skipped_steps == total
@@ -122,7 +128,7 @@ async def test_a_harvest_tells_of_the_steps_since_the_one_before() -> None:
     odd = range(1, total + 1, 2)
     assert first.stats.loss == pytest.approx(sum(odd) / len(odd))
     assert first.stats.tokens_per_s > 0
-    again = await trainer.harvest()
+    again = await trainer.harvest(0)
     assert (again.stats.steps, again.stats.tokens) == (0, 0)
     await trainer.aclose()
 

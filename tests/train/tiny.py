@@ -37,8 +37,9 @@ CONFIG: dict[str, Any] = {
 
 
 def manifest(
-    kind: str = "pretrain", *, lr: float = 0.7, momentum: float = 0.9, codec: str = "fp32"
-) -> Manifest:
+    kind: str = "pretrain", *, lr: float = 0.7, momentum: float = 0.9, codec: str = "fp32",
+    fragments: int = 1, tau: int = 0, alpha: float = 0.0,
+) -> Manifest:  # fmt: skip
     assert kind in ("pretrain", "lora")
     return Manifest(
         name="tiny",
@@ -46,9 +47,9 @@ def manifest(
         data=DataSpec(sequence_length=16, block_samples=4),
         method=MethodSpec(kind="lora" if kind == "lora" else "pretrain", rank=4),
         inner=InnerSpec(lr=1e-2, warmup_steps=2, batch_size=4),
-        outer=OuterSpec(lr=lr, momentum=momentum),
+        outer=OuterSpec(lr=lr, momentum=momentum, tau=tau, alpha=alpha),
         codec=CodecSpec(name=codec),
-        schedule=ScheduleSpec(gossip_every=0 if kind == "lora" else 4),
+        schedule=ScheduleSpec(gossip_every=0 if kind == "lora" else 4, fragments=fragments),
     )
 
 
@@ -63,15 +64,16 @@ def batch(seed: int) -> torch.Tensor:
     return starts + torch.arange(16)
 
 
-def reduce(method: FlatMethod, parts: list[FrozenWork]) -> list[bytes]:
-    """What one aggregator of everything would send back."""
+def reduce(method: FlatMethod, parts: list[FrozenWork], only: range | None = None) -> list[bytes]:
+    """What one aggregator of everything, or `only` of a fragment, would send back."""
     reducer = method.reducer()
-    coded = [part.encode(0, method.units) for part in parts]
+    chosen = range(method.units) if only is None else only
+    coded = [part.encode(chosen.start, chosen.stop) for part in parts]
     means = []
-    for unit in range(method.units):
+    for index, unit in enumerate(chosen):
         for units in coded:
-            reducer.check(unit, units[unit])
-        pairs = [(part.weight, units[unit]) for part, units in zip(parts, coded, strict=True)]
+            reducer.check(unit, units[index])
+        pairs = [(part.weight, units[index]) for part, units in zip(parts, coded, strict=True)]
         reduced = reducer.reduce(unit, [pair for pair in pairs if pair[0] > 0])
         assert not reduced.refused
         means.append(reduced.payload)
