@@ -193,9 +193,9 @@ class Seat:
         """Says what this peer did in the stack's last step, which was on `batch_BT` too."""
         return StepResult(loss=self._stack.losses[self._peer], tokens=batch_BT.numel())
 
-    def to_numpy(self) -> Float32:
+    def to_numpy(self, where: slice = slice(None)) -> Float32:
         """See `Inner.to_numpy`."""
-        return self._stack.take(self._peer)
+        return self._stack.take(self._peer)[where]
 
     def load(self, values_N: Float32) -> None:
         """See `Inner.load`."""
