@@ -51,7 +51,8 @@ def test_a_block_that_counts_before_its_work_is_inside_is_found(
     from protocols.blocks import from_wire
     from protocols.ledger import Ledger
 
-    def hasty(self: Any, holder: Any, entry: Any, *_: Any) -> Any:
+    def hasty(self: Any, *arguments: Any) -> Any:
+        entry = arguments[-1]
         return self._believed(from_wire(entry.report.trained) | from_wire(entry.report.begun))
 
     monkeypatch.setattr(Ledger, "_through", hasty)
