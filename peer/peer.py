@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import time
-from collections import Counter as Tally
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -41,6 +41,7 @@ from peer.observe.jsonl import JsonlLog
 from peer.observe.metrics import Metrics, serve_http
 from peer.presence import Presence, PresenceConfig
 from peer.train.method import DataSource, Method
+from peer.train.shared import departed, shares_now
 from peer.transfer import serve_asset
 from protocols.events import Leaving, RecordSeen, StateReady
 from protocols.gossip import GossipConfig, GossipMachine
@@ -445,7 +446,7 @@ class _Keeper:
         self._waited_s = 0.0
         self._shares: Shares | None = None
         self._applied = asyncio.Event()
-        self._learner.departed = self._departed
+        self._learner.departed = functools.partial(departed, self._machine)
         self._plan: Plan | None = None
         driver.on_plan = self._planned
         driver.round_finished = self._round_finished
@@ -487,26 +488,13 @@ class _Keeper:
         """Share the data out among the plan's roster and the other groups."""
         while True:
             if self._machine.ready:
-                shares = self._shares_now()
+                shares = shares_now(self._machine, self._plan)
                 if self._shares is None or not shares.same_as(self._shares):
                     self._shares = shares
                     await self._learner.share(shares)
                 if not self._leaving:
                     self._learner.start()
             await asyncio.sleep(0.2)
-
-    def _shares_now(self) -> Shares:
-        group = self._machine.group
-        others = [
-            n.group
-            for n in self._machine.members.everybody()
-            if n.group and n.group != group and not n.left and not n.suspected
-        ]
-        mates = self._plan.peers if self._plan is not None else ()
-        return Shares(self._peer.run, self._peer.id, mates, group, Tally(others))
-
-    def _departed(self) -> tuple[PeerId, ...]:
-        return tuple(n.record.peer for n in self._machine.members.everybody() if n.left)
 
     async def _hand_over(self) -> None:
         """Wait until the last of our work is inside; what isn't by then goes back to the others."""

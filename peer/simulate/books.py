@@ -130,6 +130,8 @@ class Books:
         self.gossip = gossip
         self.contributions: dict[int, dict[int, SimContribution]] = {}
         """Machine -> number -> contribution; the latest `CONTRIBUTIONS_KEPT`."""
+        self.samples: dict[int, dict[int, dict[tuple[int, int], int]]] = {}
+        """Machine -> number of its work -> (epoch, block) -> how many of its samples."""
         self._states: WeakValueDictionary[bytes, History] = WeakValueDictionary()
         self._recent: deque[History] = deque(maxlen=STATES_KEPT)
         """A state may be on its way when everybody has moved on."""
@@ -148,6 +150,14 @@ class Books:
         mine = self.contributions.setdefault(contribution.author, {})
         mine[contribution.number] = contribution
         mine.pop(contribution.number - CONTRIBUTIONS_KEPT, None)
+
+    def holds(self, state: History, machine: int, block: tuple[int, int]) -> int:
+        """How many samples of an (epoch, block) the work of `machine` has in every unit."""
+        every = -1
+        for bits in state.works.get(machine, (0,)):
+            every &= bits
+        works = self.samples.get(machine, {})
+        return sum(used.get(block, 0) for number, used in works.items() if every >> number & 1)
 
     def find(self, digest: bytes) -> History | None:
         return self._states.get(digest)

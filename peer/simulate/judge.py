@@ -7,6 +7,7 @@ all the time that
 - a mean is exactly that of the contributors in its proof, so that no mass is made or lost;
 - no work is applied twice to any state;
 - mixes between groups happen on both sides or on neither (`mixes`);
+- the ledger of blocks adds up, and tells what is in the state (`accounts`);
 - peers of a group that stand at the same round and can talk agree on the state, or heal soon;
 - a round ends by its deadline, and a newcomer gets the state;
 - every queue and table stays within its bound.
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from peer.exchange import ROUNDS_HELD_MAX, Outcome, included_units
 from peer.observe import events as ev
+from peer.simulate.accounts import LedgerFigures, LedgerJudge
 from peer.simulate.books import WIDTH, History, read_unit
 from peer.simulate.mixes import MixFigures, MixJudge
 from protocols import limits
@@ -107,6 +109,8 @@ class Judge:
         self.exchanges: list[tuple[float, int, float]] = []
         """(when, peer, seconds from contributions due to round applied), every peer and round."""
         self.mixes = MixJudge(world, self._blame)
+        self.ledgers = LedgerJudge(world, self._blame)
+        self.ledger_figures = LedgerFigures()
         self.mix_figures = MixFigures()
         self._world = world
         self._watches: dict[int, _Watch] = {}
@@ -334,7 +338,10 @@ class Judge:
     def final(self) -> None:
         """After the calm at the end: everybody who lives is in step with its group."""
         world = self._world
+        self.ledgers = LedgerJudge(world, self._blame)
+        self.ledger_figures = LedgerFigures()
         self.mix_figures = self.mixes.final()
+        self.ledger_figures = self.ledgers.final()
         groups: dict[str, list[Node]] = {}
         for node in world.nodes:
             machine = node.group

@@ -9,6 +9,7 @@ Shape suffixes: U = units, D = values in a unit.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -35,13 +36,19 @@ from peer.simulate.books import (
 from peer.simulate.loop import VirtualLoop
 from peer.train.mixing import Difference
 from peer.train.mixtable import MixTable
+from peer.train.shared import SharedStream
 from peer.transfer import Snapshot, TensorNote, describe
 from protocols.fragments import Fragments
+from protocols.ledger import Counted, Ledger, entries_of
 from protocols.messages import Plan
-from protocols.types import Digest, PeerId
+from protocols.schema import SchemaError
+from protocols.sharding import Shares
+from protocols.types import Digest, PeerId, RunId
 from tensorcodecs import Reduced
 from tensorcodecs.nearby import TooFarError
 
+SAMPLE_TOKENS: Final = 500.0
+BLOCK_SAMPLES: Final = 4
 FAR_ONE_IN: Final = 8  # differences that are multiples of it
 
 
@@ -160,12 +167,43 @@ def _weighs(unit: bytes) -> float:
     return 1.0
 
 
+class _Data:
+    """Blocks of samples that are numbers, as the product's streams take them: a `DataSource`."""
+
+    def __init__(self, blocks: int) -> None:
+        self.blocks = blocks
+
+    def block(self, index: int, epoch: int) -> list[Any]:
+        return [(epoch, index)] * BLOCK_SAMPLES
+
+    def validation(self) -> list[Any]:
+        return []
+
+
+class SimStream(SharedStream):
+    """The product's stream over them."""
+
+    def __init__(self, run: RunId, me: PeerId, blocks: int, fragments: Fragments) -> None:
+        super().__init__(_Data(blocks), run, me, fragments, batch_size=1)
+        self._handed = 0
+
+    def hand_out(self, total: int) -> list[tuple[int, int]]:
+        """Samples up to the `total`-th of this life: the (epoch, block) of each."""
+        found: list[Any] = []
+        while self._handed < total:
+            self._handed += 1
+            found += self.next_rows()
+        return found
+
+
 @dataclass
 class Disk:
     """What a restart finds."""
 
     state: History | None = None
     works: int = 0
+    ledger: bytes = b""
+    """At that state."""
     contributions: int = 0
     """Numbers already given, which no restart gives again."""
 
@@ -196,8 +234,11 @@ class SimLearner:
         loop: VirtualLoop,
         applied: Callable[[int, Sequence[Outcome], Plan | None, History, History], None],
         fragments: Fragments,
+        stream: SimStream | None = None,
+        counted: Callable[[History, Counted, Ledger], None] = lambda *_: None,
     ) -> None:
-        """`applied(number, outcomes, plan, before, after)`: the judge looks on. `fragments`: of
+        """`applied(number, outcomes, plan, before, after)` and, where a ledger of blocks is kept
+        (`stream`), `counted(after, what changed, all of it)`: the judge looks on. `fragments`: of
         the books' units."""
         self._fragments = fragments
         self.load_ = load
@@ -213,6 +254,13 @@ class SimLearner:
         self._applied = applied
         self.mix_table = MixTable(0)
         self.mix_table.array = self.state.mixes
+        self.stream = stream
+        self.departed: Callable[[], tuple[PeerId, ...]] = tuple
+        self._counted = counted
+        self._used: dict[tuple[int, int], int] = {}
+        """Samples of which (epoch, block) are in the work since the last contribution."""
+        if stream is not None and disk.ledger:
+            stream.adopt(disk.ledger)
         self._open: list[Work] = []
         self._frozen: set[int] = set()
         """Works that are in the last contribution."""
@@ -260,6 +308,7 @@ class SimLearner:
     # ── the interface ────────────────────────────────────────────────────────────────────
     async def take(self, number: int) -> Taken:
         await self._between_steps(self.load_.freeze_s)
+        self._train()
         seconds = self.ticker.trained_s - self._taken_s
         self._taken_s = self.ticker.trained_s
         if seconds > 0:
@@ -269,9 +318,18 @@ class SimLearner:
             tokens = round(seconds * self.load_.tokens_per_s, 3)
             work = Work(self._disk.works, tokens, delta_UD, np.ones(units, np.bool_))
             self._open.append(work)
+            self._books.samples.setdefault(self._machine, {})[work.number] = self._used
+            self._used = {}
         contribution = self._contribution(self._fragments.of(number))
         self._frozen = {work.number for work in self._open}
-        return Taken(contribution, 0.0, int(seconds / self.load_.step_s), [])
+        steps = int(seconds / self.load_.step_s)
+        if self.stream is None:
+            return Taken(contribution, 0.0, steps, [])
+        self.stream.heard_goodbye(self.departed())
+        blocks = self.stream.drain_used()
+        if contribution.weight <= 0:
+            self.stream.drop()
+        return Taken(contribution, 0.0, steps, blocks, self.stream.report(number))
 
     def _contribution(self, exchanged: range) -> SimContribution:
         units = self._books.units
@@ -299,6 +357,7 @@ class SimLearner:
         await self._between_steps(self.load_.apply_s)
         if self.state is not before or number != before.round:
             return None
+        self._train()
         after = self._books.after(before, outcomes)
         self._applied(number, outcomes, plan, before, after)
         self._stand_at(after)
@@ -308,14 +367,57 @@ class SimLearner:
             if work.number in self._frozen:
                 work.open_U[turn.start : turn.stop] &= ~mine_U
         self._open = [work for work in self._open if work.open_U.any()]
+        counted, ledger = self._account(number, outcomes, after)
         await asyncio.sleep(self.load_.disk_s)
         if self.state is after:
-            self._disk.state = after
-        return AppliedFacts(after.digest, float(mine_U.mean()) if len(mine_U) else 0.0)
+            self._disk.state, self._disk.ledger = after, ledger
+        included = float(mine_U.mean()) if len(mine_U) else 0.0
+        return AppliedFacts(after.digest, included, counted)
+
+    # ── the data ─────────────────────────────────────────────────────────────────────────
+    def _train(self) -> None:
+        """Hand out the samples of the steps until now; nothing else has moved since the last."""
+        if self.stream is not None:
+            total = int(self.ticker.trained_s * self.load_.tokens_per_s / SAMPLE_TOKENS)
+            for block in self.stream.hand_out(total):
+                self._used[block] = self._used.get(block, 0) + 1
+
+    def _account(
+        self, number: int, outcomes: Sequence[Outcome], after: History
+    ) -> tuple[Counted | None, bytes]:
+        if self.stream is None:
+            return None, b""
+        counted = self.stream.apply(number, entries_of(outcome.header for outcome in outcomes))
+        self._counted(after, counted, self.stream.work.ledger)
+        return counted, self.stream.ledger()
+
+    async def share(self, shares: Shares) -> None:
+        """Whose part of the run's blocks is whose, from now on."""
+        if self.stream is not None:
+            await self._between_steps(0.0)
+            self._train()
+            self.stream.share(shares)
+
+    async def finish(self) -> int:
+        """Stop training for good; the next contributions say so. Blocks still in flight."""
+        await self._between_steps(0.0)
+        self._train()
+        self.ticker.started = False
+        if self.stream is None:
+            return 0
+        self.stream.leave()
+        return len(self.stream.work.in_flight)
+
+    # ── states ───────────────────────────────────────────────────────────────────────────
 
     async def snapshot(self) -> Snapshot:
         await self._between_steps(self.load_.freeze_s)
-        return Snapshot(self.state.round, self.state.digest, arrays_of(self.state))
+        arrays = arrays_of(self.state)
+        if self.stream is None:
+            return Snapshot(self.state.round, self.state.digest, arrays)
+        self._train()
+        ledger, at_work = self.stream.ledger(), self.stream.at_work()
+        return Snapshot(self.state.round, self.state.digest, arrays, ledger, at_work)
 
     async def load(self, state: Snapshot, step_back: bool, parted: int | None = None) -> bool:
         """Own history is not kept here (`parted`): the books follow each step's work, and work that
@@ -328,8 +430,14 @@ class SimLearner:
             return False
         if not np.array_equal(known.theta_UD, state.arrays["theta"]):
             return False
+        self._train()
         self._stand_at(known)
-        self._disk.state = known
+        self._disk.state, self._disk.ledger = known, state.ledger
+        if self.stream is not None:
+            with contextlib.suppress(SchemaError):  # as the product: it goes on with its own
+                self.stream.adopt(state.ledger, state.at_work)
+            self.stream.drop()
+            self._used.clear()
         self._open.clear()
         self._frozen.clear()
         self._taken_s = self.ticker.trained_s

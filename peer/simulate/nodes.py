@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import functools
 import hashlib
 import random
 from collections.abc import Sequence
@@ -22,21 +23,26 @@ from peer.observe import events as ev
 from peer.presence import Presence, PresenceConfig
 from peer.simulate.books import History
 from peer.simulate.directory import SimDirectory
-from peer.simulate.learner import Disk, SimLearner, SimMixer, SimReducer
+from peer.simulate.learner import Disk, SimLearner, SimMixer, SimReducer, SimStream
 from peer.simulate.liars import LyingTransport
 from peer.simulate.loop import PROCESS, LoopClock
 from peer.simulate.network import Machine, SimTransport
 from peer.simulate.scenario import Lie, PeerSpec
 from peer.simulate.signing import FastSigner
+from peer.train.shared import departed, shares_now
 from protocols.events import Leaving, StateReady
 from protocols.gossip import GossipConfig, GossipMachine
 from protocols.group import GroupConfig, GroupMachine
 from protocols.identity import Signer
+from protocols.ledger import Counted, Ledger
 from protocols.messages import AssetQuery, Plan
+from protocols.sharding import Shares
 
 if TYPE_CHECKING:
     from peer.simulate.world import World
 
+SHARE_LOOK_S: Final = 1.0
+HAND_OVER_S: Final = 20.0
 READY_LOOK_S: Final = 0.2  # as the peer's own chore: training begins once there is a state
 GOODBYE_S: Final = 2.0
 RETURN_WAIT_S: Final = 15.0  # a peer with a past looks for the others before it goes on alone
@@ -57,6 +63,9 @@ class Node:
         self.clock = LoopClock(world.loop, world.epoch_s, spec.skew_s)
         self.disk = Disk()
         self.frozen = False
+        self._leaving = False
+        self._again = False
+        """Started while it was still leaving."""
         self.lives = 0
         """How often it was started."""
         self.driver: Driver | None = None
@@ -99,8 +108,10 @@ class Node:
     # ── life ─────────────────────────────────────────────────────────────────────────────
     def start(self) -> None:
         if self._task is not None:
+            self._again = self._leaving
             return
         self.lives += 1
+        self._leaving = False
         context = contextvars.copy_context()
         context.run(PROCESS.set, self.index)
         loop = self.world.loop
@@ -117,15 +128,46 @@ class Node:
         task.remove_done_callback(self._ended)
         task.cancel()
         if wipe:
-            self.disk.state = None
+            self.disk.state, self.disk.ledger = None, b""
 
     def leave(self) -> None:
-        """Say goodbye first."""
-        if self.driver is not None and self._task is not None and not self.frozen:
-            driver = self.driver
-            context = self._transport.context if self._transport is not None else None
-            self.world.loop.call_soon(driver.feed, Leaving("asked to leave"), context=context)
-            self.world.loop.call_later(GOODBYE_S, self.kill)
+        """Hand over what is in flight, and say goodbye."""
+        if self.driver is None or self.learner is None or self._transport is None or self.frozen:
+            return
+        work = self._go(self.driver, self.learner, self.lives)
+        context = self._transport.context
+        context.run(self.world.loop.create_task, work, name=f"node {self.index} leaves")
+
+    async def _go(self, driver: Driver, learner: SimLearner, life: int) -> None:
+        self._leaving = True
+        current = driver.machine.current
+        long = current is not None and current.training
+        if (
+            driver.machine.ready
+            and learner.stream is not None
+            and not (
+                long
+                and current is not None
+                and current.due_s - self.clock.monotonic() > HAND_OVER_S
+            )
+        ):
+            applied = asyncio.Event()
+            driver.round_finished = lambda *_: applied.set()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(HAND_OVER_S):
+                    while await learner.finish():
+                        applied.clear()
+                        await applied.wait()
+        driver.feed(Leaving("asked to leave"))
+        await asyncio.sleep(GOODBYE_S)
+        if self.lives == life:
+            self.world.loop.call_soon(self._gone, context=contextvars.Context())
+
+    def _gone(self) -> None:
+        again, self._again = self._again, False
+        self.kill()
+        if again:
+            self.start()
 
     def freeze(self) -> None:
         if self.alive and not self.frozen:
@@ -201,9 +243,27 @@ class Node:
         load = world.load_of(spec)
         reducer = SimReducer(loop.charge, load.unit_s)
         exchange = Exchange(transport, self.signer, reducer, clock=clock)
+        stream = None
+        if scenario.blocks:
+            stream = SimStream(world.run_id, self.id, scenario.blocks, scenario.cut())
+
+        def counted(after: History, what: Counted, ledger: Ledger) -> None:
+            if not transport.dead:
+                world.judge.ledgers.counted(self, after, what, ledger)
+
         learner = SimLearner(
-            self.index, self.id, load, world.books, self.disk, loop, applied, scenario.cut()
+            self.index,
+            self.id,
+            load,
+            world.books,
+            self.disk,
+            loop,
+            applied,
+            scenario.cut(),
+            stream,
+            counted,
         )
+        learner.departed = functools.partial(departed, machine)
         directory = SimDirectory(
             world.board, self.id, lambda: world.entrances(self), rng, scenario.dht_failure
         )
@@ -253,7 +313,7 @@ class Node:
                 tasks.create_task(driver.run(), name="driver")
                 for name, work in presence.works().items():
                     tasks.create_task(work(), name=name)
-                tasks.create_task(self._begin_training(machine, learner), name="training")
+                tasks.create_task(self._keep_training(driver, learner), name="training")
         finally:
             alive = False
             with contextlib.suppress(asyncio.CancelledError):
@@ -265,10 +325,24 @@ class Node:
                 while not directory.size():  # noqa: ASYNC110  (it has no event for that)
                     await asyncio.sleep(0.5)
 
-    async def _begin_training(self, machine: GroupMachine, learner: SimLearner) -> None:
-        while not machine.ready:  # noqa: ASYNC110  (as the peer's own chore looks)
-            await asyncio.sleep(READY_LOOK_S)
-        learner.start()
+    async def _keep_training(self, driver: Driver, learner: SimLearner) -> None:
+        """As the peer's own chore: share the data out, and begin to train once there is a state."""
+        machine = driver.machine
+        plans: list[Plan] = []
+        driver.on_plan = lambda plan: plans.__setitem__(slice(None), [plan])
+        shares: Shares | None = None
+        while True:
+            if machine.ready and not machine.leaving:
+                if learner.stream is not None:
+                    now = shares_now(machine, plans[0] if plans else None)
+                    if shares is None or not now.same_as(shares):
+                        shares = now
+                        await learner.share(shares)
+                if not self._leaving:
+                    learner.start()
+                if learner.stream is None:
+                    return
+            await asyncio.sleep(SHARE_LOOK_S if machine.ready else READY_LOOK_S)
 
 
 async def _no_assets(stream: Stream, query: AssetQuery) -> None:

@@ -83,6 +83,7 @@ def to_json(record: Record) -> dict[str, Any]:
         "digest": record.digest,
         "figures": {name: _finite(value) for name, value in values.items()},
         "mixes": asdict(record.mixes),
+        "ledger": asdict(record.ledger),
         "violations": [asdict(violation) for violation in record.violations],
         "faults": [asdict(fault) for fault in record.scenario.faults],
         "peers": [asdict(tally) for tally in record.tallies],
@@ -106,6 +107,7 @@ def to_text(record: Record) -> str:
         "participation": f"{total.participation:.1%} of live members inside a round",
         "utilisation": f"{total.utilisation:.1%} of the time that peers lived was training",
         **_mixes(record),
+        **_ledger(record),
         "control traffic": f"{total.calls_per_min:.0f} messages per peer and minute,"
         f" {total.dht_reads_per_round:.1f} DHT reads per round",
         "longest standstill": f"{_seconds(total.stood_still_s)} in which nobody trained",
@@ -146,6 +148,17 @@ def _mixes(record: Record) -> dict[str, str]:
     }
     told = ", ".join(f"{count} {fate}" for fate, count in fates.items() if count)
     return {"mixes of groups": f"{total.begun} begun{': ' if told else ''}{told}"}
+
+
+def _ledger(record: Record) -> dict[str, str]:
+    if not record.scenario.blocks:
+        return {}
+    total = record.ledger
+    told = (
+        f"{total.trained} trained, {total.lost} lost, {total.elsewhere} left to other groups;"
+        f" {total.reissued} re-issued, {total.repeated} trained again, {total.held} held"
+    )
+    return {"blocks in the ledgers": told}
 
 
 def _longest_still(record: Record) -> float:

@@ -109,6 +109,8 @@ class Scenario:
     gossip_every: int = 0
     """Rounds between two mixes of the same slot with another group; 0: groups stay apart."""
     gossip_slots: int = 4
+    blocks: int = 0
+    """Of the run's data, in one epoch; 0: nobody keeps an account of them."""
     entrances: int = 2
     """Bootstrap nodes."""
     loss: float = 0.0
@@ -218,6 +220,7 @@ def draw(
         gossip_every=rng.choice((0, 1, 2, 4)),
         gossip_slots=rng.choice((1, 2, 4)),
         fragments=min(bare.units, rng.choice((1, 1, 2, 4))),
+        blocks=rng.choice((0, 64, 1024)),
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any, Final
 from dht.memory import MemoryBoard
 from peer.manifest import ScheduleSpec, default_manifest
 from peer.observe import events as ev
+from peer.simulate.accounts import LedgerFigures
 from peer.simulate.books import Books
 from peer.simulate.judge import Judge, RoundFact, Violation
 from peer.simulate.learner import Load, wire_bytes
@@ -63,6 +64,7 @@ class Record:
     violations: list[Violation]
     rounds: list[RoundFact]
     mixes: MixFigures
+    ledger: LedgerFigures
     exchanges: list[tuple[float, int, float]]
     """(when, peer, seconds from contributions due to round applied)."""
     tallies: list[Tally]
@@ -343,6 +345,7 @@ class World:
             violations=self.judge.violations,
             rounds=self.judge.rounds,
             mixes=self.judge.mix_figures,
+            ledger=self.judge.ledger_figures,
             exchanges=self.judge.exchanges,
             tallies=tallies,
             sample_s=self.sample_s,

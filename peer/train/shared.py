@@ -7,23 +7,44 @@ follows at once, and contributions are frozen between two steps.
 
 from __future__ import annotations
 
+from collections import Counter as Tally
 from collections import deque
 from collections.abc import Iterable
-from typing import Final
-
-import torch
+from typing import TYPE_CHECKING, Final
 
 from peer.errors import DataError
 from peer.train.method import DataSource
 from protocols.blocks import BlockRange, BlockReport, from_wire
 from protocols.fragments import Fragments
+from protocols.group import GroupMachine
 from protocols.ledger import Counted, Entry, Ledger
 from protocols.ledger_state import pack_ledger, unpack_ledger
+from protocols.messages import Plan
 from protocols.sharding import Shares, block_of
 from protocols.types import PeerId, RunId
 from protocols.worklist import Worklist
 
+if TYPE_CHECKING:
+    import torch  # only `next_batch` needs more of it than a name
+
 EMPTY_BLOCKS_MAX: Final = 1000  # without a sample, one after another: by then few blocks came twice
+
+
+def shares_now(machine: GroupMachine, plan: Plan | None) -> Shares:
+    """Whose part of the data is whose, as `machine` sees the network; `plan`: the latest."""
+    group = machine.group
+    others = [
+        n.group
+        for n in machine.members.everybody()
+        if n.group and n.group != group and not n.left and not n.suspected
+    ]
+    mates = plan.peers if plan is not None else ()
+    return Shares(machine.config.run, machine.me, mates, group, Tally(others))
+
+
+def departed(machine: GroupMachine) -> tuple[PeerId, ...]:
+    """Who said goodbye to us."""
+    return tuple(n.record.peer for n in machine.members.everybody() if n.left)
 
 
 class SharedStream:
@@ -48,7 +69,13 @@ class SharedStream:
 
     # ── batches ──────────────────────────────────────────────────────────────────────────
     def next_batch(self) -> torch.Tensor:
-        """The next (B, T) int64 token ids.
+        """The next (B, T) int64 token ids; raises like `next_rows`."""
+        import torch
+
+        return torch.stack(self.next_rows())
+
+    def next_rows(self) -> list[torch.Tensor]:
+        """The next batch's samples (T,).
 
         Raises:
             DataError: no block after block holds a sample, or the data can't be read.
@@ -63,7 +90,7 @@ class SharedStream:
             self._used[self._block] = None
             if not self._samples:
                 self._finish()
-        return torch.stack(rows)
+        return rows
 
     def drain_used(self) -> list[tuple[int, int]]:
         """(epoch, block) pairs whose samples were handed out since the last call, in order."""
