@@ -38,7 +38,7 @@ def test_what_is_learned_apart_is_no_mass_out_of_nothing() -> None:
 def test_a_quick_run_measures_everything() -> None:
     result = consensus.run(True, 1, lambda _: None)
     assert len({tuple(row) for row in result.rows}) == 1
-    assert len(result.rows) == 5
+    assert len(result.rows) == 4
     mass = [bar for bar in result.bars if "mass" in bar.bar]
     assert mass
     assert all(bar.holds for bar in mass)

@@ -49,7 +49,7 @@ class _Scale:
     seeds: int = 3
 
 
-_QUICK: Final = _Scale(peers=60, groups=(16,), learning=12, spread=(4, 8, 16), members=2, seeds=1)
+_QUICK: Final = _Scale(peers=24, groups=(8,), learning=6, spread=(4, 8), members=2, seeds=1)
 
 
 def run(quick: bool, seed: int, progress: Progress) -> Result:
