@@ -86,6 +86,10 @@ class RoundFact:
     """Newly in the state, a mean over its units."""
 
 
+_Life = tuple[int, int]
+"""(node, how often it was started)."""
+
+
 @dataclass
 class _Watch:
     """What the judge remembers of one node."""
@@ -114,7 +118,8 @@ class Judge:
         self.mix_figures = MixFigures()
         self._world = world
         self._watches: dict[int, _Watch] = {}
-        self._contents: dict[tuple[str, int, int, int, str], bytes] = {}
+        self._contents: dict[tuple[str, int, int, int, str], tuple[bytes, set[_Life]]] = {}
+        """An outcome's place and signer -> its content, and who applied it in which life."""
         self._seen: dict[bytes, None] = {}
         scenario = world.scenario
         state_s = 8 * scenario.load.state_bytes / scenario.slowest_bps()
@@ -188,8 +193,16 @@ class Judge:
         if self._world.is_liar(signer):
             return
         key = (header.group, header.round, header.epoch, header.start, signer)
-        known = self._contents.setdefault(key, header.content)
-        if known != header.content:
+        known, appliers = self._contents.setdefault(key, (header.content, set()))
+        here = (node.index, node.lives)
+        if known != header.content and all(
+            index == node.index and life < node.lives for index, life in appliers
+        ):
+            # It died with its maker before it was on disk or anybody else's: it never was.
+            self._contents[key] = (header.content, {here})
+        elif known == header.content:
+            appliers.add(here)
+        else:
             self._blame(
                 "one outcome per span and epoch", node,
                 f"{signer[-6:]} signed two for span {header.span} of round {header.round}"

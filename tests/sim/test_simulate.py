@@ -12,6 +12,7 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
+from peer.exchange import Outcome
 from peer.observe import events as ev
 from peer.simulate.links import Line, Path, PathSpec, goodput_bps
 from peer.simulate.loop import StandstillError, VirtualLoop
@@ -21,6 +22,7 @@ from peer.simulate.report import figures, to_json, to_text
 from peer.simulate.scenario import Fault, Kind, Lie, Scenario, draw
 from peer.simulate.timeline import draw_timeline
 from peer.simulate.world import Record, World, simulate
+from protocols.types import Digest
 from tests.pages import ROOT
 
 
@@ -208,3 +210,31 @@ def test_the_report_is_json_and_the_picture_is_xml() -> None:
     picture = ElementTree.fromstring(draw_timeline(record))
     assert picture.tag.endswith("svg")
     assert "crash" in draw_timeline(record)
+
+
+def test_a_loner_that_dies_before_its_disk_had_a_round_may_do_it_again() -> None:
+    """Nobody else has seen the first outcome, so there is one (seed 20058 with 5 peers)."""
+    quiet = plan(1, peers=2, minutes=2.0, sites=2, round_s=6.0, exchange_s=8.0, parameters=1e5)
+    slow = tuple(dataclasses.replace(spec, disk_s=4.0) for spec in quiet.peers)
+    for at_s in (38.0, 40.0, 42.0):
+        faults = (broken(Kind.outage, at_s, 5, 1),)
+        kept(simulate(dataclasses.replace(quiet, peers=slow, faults=faults)))
+
+
+def test_two_outcomes_of_one_span_and_epoch_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An aggregator whose members get means of different bytes, each properly signed."""
+    from peer.simulate.judge import Judge
+
+    honest = Judge._one_content
+    seen: list[int] = []
+
+    def doubting(self: Judge, node: Node, outcome: Outcome) -> None:
+        seen.append(node.index)
+        header = outcome.header
+        if len(set(seen)) > 1 and node.index == seen[-1] != seen[0]:
+            header = dataclasses.replace(header, content=Digest(bytes(32)))
+        honest(self, node, dataclasses.replace(outcome, header=header))
+
+    monkeypatch.setattr(Judge, "_one_content", doubting)
+    record = simulate(village(2, 0.7))
+    assert {v.promise for v in record.violations} == {"one outcome per span and epoch"}
