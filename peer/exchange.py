@@ -24,6 +24,7 @@ from typing import Final, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from peer.capacity import UploadMeter
 from peer.clock import SYSTEM, Clock
 from peer.net.transport import Stream, Transport, TransportError
 from peer.riding import Board, Riding, notes_of
@@ -133,8 +134,11 @@ class Exchange:
         reducer: Reducer,
         on_choice: Callable[[PeerId, int, Choice], None] = lambda *_: None,
         clock: Clock = SYSTEM,
+        weigh: Callable[[bytes], int] = len,
     ) -> None:
-        """`on_choice`: told which codec a link got for our part of a span, and why."""
+        """`on_choice`: told which codec a link got for our part of a span, and why. `weigh`: the
+        bytes that a coded unit stands for, which in a simulation are not its own."""
+        self._weigh = weigh
         self._transport = transport
         self._signer = signer
         self._reducer = reducer
@@ -142,6 +146,8 @@ class Exchange:
         self._clock = clock
         self._bandwidth_bps: dict[PeerId, float] = {}
         """Measured on the contributions that we sent, the latest counting half."""
+        self.upload = UploadMeter(clock)
+        """What our line does, all streams of a round together."""
         self._codec = ThreadPoolExecutor(1, thread_name_prefix="codec")
         self._own: tuple[int, Contribution] | None = None
         self._closed = False
@@ -204,16 +210,18 @@ class Exchange:
             await expect_yes(stream)
             codec = self._codec_for(plan, index, to, contribution)
             begun_s, size = self._clock.monotonic(), 0
-            if contribution.weight > 0:
-                for start, stop in batches(span.start, span.stop, self._missed, BATCH_UNITS):
-                    payloads = await self.compute(
-                        lambda a=start, b=stop: contribution.encode(a, b, codec)  # type: ignore[misc]
-                    )
-                    payloads = self._attach(header.loans, plan.round, start, payloads)
-                    size += sum(map(len, payloads))
-                    await send_units(stream, start, payloads)
-            await stream.finish()
-            await expect_yes(stream)
+            with self.upload.sending() as transfer:
+                if contribution.weight > 0:
+                    for start, stop in batches(span.start, span.stop, self._missed, BATCH_UNITS):
+                        payloads = await self.compute(
+                            lambda a=start, b=stop: contribution.encode(a, b, codec)  # type: ignore[misc]
+                        )
+                        payloads = self._attach(header.loans, plan.round, start, payloads)
+                        size += sum(map(self._weigh, payloads))
+                        await send_units(stream, start, payloads)
+                await stream.finish()
+                await expect_yes(stream)
+                transfer.confirmed(size)
             self._sent(to, size, self._clock.monotonic() - begun_s)
         finally:
             await stream.close()
@@ -466,9 +474,11 @@ class Exchange:
             await stream.send(HEADER, encode(OutcomePush(epoch, outcome.signed)))
             if await answer(stream) == HAVE:
                 return
-            await send_units(stream, outcome.header.start, outcome.units)
-            await stream.finish()
-            await expect_yes(stream)
+            with self.upload.sending() as transfer:
+                await send_units(stream, outcome.header.start, outcome.units)
+                await stream.finish()
+                await expect_yes(stream)
+                transfer.confirmed(sum(self._weigh(unit) for unit in outcome.units if unit))
         finally:
             await stream.close()
 

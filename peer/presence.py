@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from dht.directory import Directory
 from peer import finding
+from peer.capacity import Capacity
 from peer.clock import SYSTEM, Clock
 from peer.driver import Driver
 from peer.observe import events as ev
@@ -29,7 +30,6 @@ MEMBERS_READ_S_MAX: Final = 60.0  # ... longer and longer once there is company
 STRANGERS_EVERY: Final = 4  # reads of our neighbourhood to one of groups anywhere: far round trips
 # hold the map of coordinates together
 STRANGERS: Final = 2
-UPLOAD_KBPS_UNKNOWN: Final = 100_000  # what an unmeasured, unlimited line counts for in elections
 STATE_LOOK_S: Final = 1.0
 STATE_TOLD_S: Final = 30.0
 
@@ -73,6 +73,7 @@ class Presence:
         self._publish = asyncio.Event()
         self._record: PeerRecord | None = None
         self._is_contact = False
+        self._capacity = Capacity(config.upload_bps)
         driver.publish = self._publish.set
 
     def works(self) -> dict[str, Callable[[], Coroutine[Any, Any, None]]]:
@@ -88,7 +89,7 @@ class Presence:
         """Sign what we say of ourselves now, and tell the machine."""
         config, driver = self._config, self._driver
         now_ms = int(self._clock.time() * 1000)
-        budget_bps = config.upload_bps
+        fellows = [record.upload_kbps for record in driver.records()]
         live = self._machine.live_members(self._clock.monotonic())
         record = PeerRecord(
             driver.signer.peer_id,
@@ -96,7 +97,7 @@ class Presence:
             self._machine.group,
             config.site,
             tuple(driver.transport.addresses()[: limits.ADDRESSES_MAX]),
-            int(budget_bps / 1000) if budget_bps is not None else UPLOAD_KBPS_UNKNOWN,
+            self._capacity.kbps(driver.exchange.upload.kbps, fellows),
             True,
             driver.learner.round,
             config.founded_ms,

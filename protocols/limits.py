@@ -22,6 +22,7 @@ ADDRESS_CHARS_MAX: Final = 256  # a relayed multiaddress is about 180 characters
 GROUP_MEMBERS_MAX: Final = 16  # all-to-all heartbeats stay cheap; larger cells split
 COMPANY_MAX: Final = 1024  # what a peer may claim as its group's size
 AGGREGATORS_MAX: Final = 16
+UPLOAD_KBPS_COUNTED_MAX: Final = 10**6  # in elections; a claim of 2 Tbit/s must not win them all
 ROSTER_MAX: Final = GROUP_MEMBERS_MAX
 KNOWN_PEERS_MAX: Final = 4096  # records remembered per run, oldest dropped first
 COORDINATE_S_MAX: Final = 1.024  # round the Earth and back is 0.2 s

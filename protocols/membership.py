@@ -205,5 +205,6 @@ class Membership:
 
 
 def seat_of(record: PeerRecord) -> Seat:
-    """A peer's weight in elections: its upload, if others can reach it."""
-    return Seat(record.peer, max(1, record.upload_kbps) if record.reachable else 1)
+    """A peer's weight in elections: its upload as far as it counts, if others can reach it."""
+    weight = min(max(1, record.upload_kbps), limits.UPLOAD_KBPS_COUNTED_MAX)
+    return Seat(record.peer, weight if record.reachable else 1)

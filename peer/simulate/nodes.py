@@ -242,7 +242,9 @@ class Node:
         )
         load = world.load_of(spec)
         reducer = SimReducer(loop.charge, load.unit_s)
-        exchange = Exchange(transport, self.signer, reducer, clock=clock)
+        exchange = Exchange(
+            transport, self.signer, reducer, clock=clock, weigh=lambda _: load.unit_bytes
+        )
         stream = None
         if scenario.blocks:
             stream = SimStream(world.run_id, self.id, scenario.blocks, scenario.cut())
@@ -292,7 +294,7 @@ class Node:
                 manifest=world.manifest,
                 name="simulated",
                 site=spec.site,
-                upload_bps=spec.up_bps,
+                upload_bps=spec.up_bps if scenario.budgets else None,
                 founded_ms=self._founded_ms,
             ),
             driver,
