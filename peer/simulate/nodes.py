@@ -158,6 +158,8 @@ class Node:
                     while await learner.finish():
                         applied.clear()
                         await applied.wait()
+        if self.driver is not driver:
+            return  # killed meanwhile: who is gone says nothing
         driver.feed(Leaving("asked to leave"))
         await asyncio.sleep(GOODBYE_S)
         if self.lives == life:
