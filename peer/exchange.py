@@ -66,7 +66,7 @@ LATER: Final = 1
 HAVE: Final = 2
 NO: Final = 3
 
-ROUNDS_HELD_MAX: Final = limits.OUTCOME_ROUNDS_KEPT + 2  # those kept, and two in the making
+ROUNDS_HELD_MORE: Final = 2  # beside those kept, rounds in the making
 RIVALS_MAX: Final = 4  # outcomes of one span: its aggregators, one after another
 BATCH_UNITS: Final = 8  # half a million values: a few milliseconds of codec work at a time
 REASON_BYTES_MAX: Final = 2048
@@ -135,9 +135,12 @@ class Exchange:
         on_choice: Callable[[PeerId, int, Choice], None] = lambda *_: None,
         clock: Clock = SYSTEM,
         weigh: Callable[[bytes], int] = len,
+        rounds_kept: int = limits.OUTCOME_ROUNDS_KEPT,
     ) -> None:
         """`on_choice`: told which codec a link got for our part of a span, and why. `weigh`: the
-        bytes that a coded unit stands for, which in a simulation are not its own."""
+        bytes that a coded unit stands for, which in a simulation are not its own. `rounds_kept`:
+        so many applied rounds are held for those who missed them."""
+        self.rounds_kept = rounds_kept
         self._weigh = weigh
         self._transport = transport
         self._signer = signer
@@ -434,7 +437,10 @@ class Exchange:
         Who is healed by a leap holds what it had and what comes after it: the oldest round goes.
         """
         number = outcome.header.round
-        if number not in self._outcomes and len(self._outcomes) >= ROUNDS_HELD_MAX:
+        if (
+            number not in self._outcomes
+            and len(self._outcomes) >= self.rounds_kept + ROUNDS_HELD_MORE
+        ):
             oldest = min(self._outcomes)
             if number < oldest:
                 return
@@ -461,7 +467,7 @@ class Exchange:
             headers = (outcome.header for outcome in outcomes)
             self._missed = missed_again(self._missed, headers, self._transport.peer_id)
         self._outcomes[number] = outcomes
-        oldest = number - limits.OUTCOME_ROUNDS_KEPT
+        oldest = number - self.rounds_kept
         for old in [n for n in self._outcomes if n <= oldest or n > number + 1]:
             del self._outcomes[old]
         for key in [k for k in self._spans if k[0] <= number]:

@@ -49,7 +49,8 @@ STREAMS_MAX: Final = 256
 STATE_BYTES_MAX: Final = 256 * 2**30
 ASSET_BYTES_MAX: Final = 64 * 2**30
 ASSETS_MAX: Final = 256
-OUTCOME_ROUNDS_KEPT: Final = 8  # a peer that missed a few rounds catches up by outcomes alone
+OUTCOME_ROUNDS_KEPT: Final = 8  # a peer that missed a few rounds catches up by outcomes alone;
+# with fragments: turns of all of them
 
 # ── the ledger of blocks ─────────────────────────────────────────────────────────────────
 REPORT_RANGES_MAX: Final = 64  # 3 lists x 16 members x 64 ranges x 11 bytes: 34 KiB, one message

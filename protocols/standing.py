@@ -54,6 +54,12 @@ class GroupConfig:
         """The units that round `number` exchanges."""
         return range(self.units) if self.fragments is None else self.fragments.of(number)
 
+    @property
+    def rounds_kept(self) -> int:
+        """Rounds whose outcomes a member keeps for the others: a state's way takes several turns of
+        all fragments, however many they are, and fewer units each cost no more to keep."""
+        return limits.OUTCOME_ROUNDS_KEPT * (1 if self.fragments is None else self.fragments.count)
+
 
 @dataclass(slots=True)
 class Attempt:

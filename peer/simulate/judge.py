@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from peer.exchange import ROUNDS_HELD_MAX, Outcome, included_units
+from peer.exchange import ROUNDS_HELD_MORE, Outcome, included_units
 from peer.observe import events as ev
 from peer.simulate.accounts import LedgerFigures, LedgerJudge
 from peer.simulate.books import WIDTH, History, read_unit
@@ -42,7 +42,7 @@ TABLES: Final[dict[str, int]] = {
     "driver._due": 8,
     "driver._sent": 1,
     "exchange._spans": 3 * limits.AGGREGATORS_MAX,
-    "exchange._outcomes": ROUNDS_HELD_MAX,
+    "exchange._outcomes": limits.OUTCOME_ROUNDS_KEPT * limits.FRAGMENTS_MAX + ROUNDS_HELD_MORE,
     "exchange._bandwidth_bps": limits.ROSTER_MAX,
     "transport._streams": limits.STREAMS_MAX + 8 * limits.ROSTER_MAX,
     "transport._serving": limits.STREAMS_MAX + 1,
@@ -125,7 +125,9 @@ class Judge:
         state_s = 8 * scenario.load.state_bytes / scenario.slowest_bps()
         self._heal_s = HEAL_S + 2 * scenario.round_s + 3 * state_s
         self._stuck_s = 3 * scenario.exchange_s + 2 * scenario.round_s + ROUND_SLACK_S
-        self._state_s = 60.0 + 4 * state_s + limits.RECORD_REFRESH_S
+        # Donors double with each generation of newcomers, and their lines carry rounds as well.
+        generations = math.log2(max(2, len(scenario.peers)))
+        self._state_s = 60.0 + (2 + 2 * generations) * state_s + limits.RECORD_REFRESH_S
 
     def watch(self, node: Node) -> _Watch:
         return self._watches.setdefault(node.index, _Watch())

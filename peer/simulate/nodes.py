@@ -245,8 +245,9 @@ class Node:
         load = world.load_of(spec)
         reducer = SimReducer(loop.charge, load.unit_s)
         exchange = Exchange(
-            transport, self.signer, reducer, clock=clock, weigh=lambda _: load.unit_bytes
-        )
+            transport, self.signer, reducer, clock=clock, weigh=lambda _: load.unit_bytes,
+            rounds_kept=machine.config.rounds_kept,
+        )  # fmt: skip
         stream = None
         if scenario.blocks:
             stream = SimStream(world.run_id, self.id, scenario.blocks, scenario.cut())
