@@ -116,7 +116,7 @@ class CatchingUp:
             return []
         if not here.ready:
             return self._healing.fetch_state(self._healing.donors(now_s), now_s)
-        ahead = here.ahead(now_s)
+        ahead = here.outlook(now_s).ahead
         if not ahead:
             self._behind_since_s = None
             return self._healing.step_back(now_s)

@@ -329,7 +329,7 @@ class GroupMachine:
         effects = self._moving.regroup(now_s)
         if not here.group or here.record is None:
             return effects
-        members = tuple(here.live_members(now_s))
+        members = here.outlook(now_s).members
         if (here.group, members) != self._formed:
             self._formed = (here.group, members)
             effects.append(GroupFormed(here.group, members))
