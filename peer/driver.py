@@ -192,6 +192,7 @@ class Driver:
         self.mixing: Mixing | None = None
         """Gossip with other groups; set by whoever puts the peer together, where there is any."""
         self._outboxes: dict[PeerId, deque[Message]] = {}
+        self._last_coded: tuple[Message | None, bytes] = (None, b"")
         self._quiet = asyncio.Event()
         self._applying = 0
         self._settled = asyncio.Event()
@@ -393,7 +394,7 @@ class Driver:
             message = box.popleft()
             begun_s = self.clock.monotonic()
             try:
-                await self.transport.call(peer, encode(message), limits.CALL_TIMEOUT_S)
+                await self.transport.call(peer, self._coded(message), limits.CALL_TIMEOUT_S)
             except TransportError as error:
                 self.feed(Undelivered(peer, error.reason))
             except RemoteProtocolError as error:
@@ -405,6 +406,12 @@ class Driver:
         del self._outboxes[peer]
         if not self._outboxes:
             self._quiet.set()
+
+    def _coded(self, message: Message) -> bytes:
+        """Most messages go to the whole group, one after another."""
+        if message is not self._last_coded[0]:
+            self._last_coded = (message, encode(message))
+        return self._last_coded[1]
 
     async def _on_call(self, sender: PeerId, request: bytes) -> bytes:
         try:

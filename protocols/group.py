@@ -86,6 +86,8 @@ class GroupMachine:
         self._formed: tuple[GroupName, tuple[PeerId, ...]] = (GroupName(""), ())
         self._idle = False
         """Whether the event at hand changes nothing that could call for action."""
+        self._rounds_s: float | None = None
+        """When a round has something to do; None: to be worked out again."""
 
     # ── the outside ──────────────────────────────────────────────────────────────────────
     @property
@@ -160,12 +162,11 @@ class GroupMachine:
         here = self._here
         if here.leaving:
             return math.inf
-        times = [self._company.deadline_s, self._moving.deadline_s]
-        if here.current is not None:
-            times.append(here.current.deadline_s(here.suspected()))
-        if here.previous is not None:
-            times.append(here.previous.deadline_s(here.suspected()))
-        return min(times)
+        if self._rounds_s is None:
+            suspected = here.suspected()
+            times = [r.deadline_s(suspected) for r in (here.current, here.previous) if r]
+            self._rounds_s = min(times, default=math.inf)
+        return min(self._company.deadline_s, self._moving.deadline_s, self._rounds_s)
 
     @property
     def phase(self) -> str:
@@ -187,9 +188,11 @@ class GroupMachine:
         self._idle = False
         self._company.wake(now_s)
         effects = self._dispatch(event, now_s)
-        if not here.leaving and not self._idle:
-            effects += self._advance(now_s)
-            self._company.hurry(now_s)
+        if not self._idle:
+            self._rounds_s = None
+            if not here.leaving:
+                effects += self._advance(now_s)
+                self._company.hurry(now_s)
         self._company.rest(now_s)
         return effects
 

@@ -104,9 +104,7 @@ class Outlook:
     def in_step(self) -> bool:
         """Whether all live, ready members stand at exactly our state."""
         here = self._here
-        return all(
-            n.round == here.round and n.digest == here.digest for n in self.live if n.ready
-        )
+        return all(n.round == here.round and n.digest == here.digest for n in self.live if n.ready)
 
     @cached_property
     def seats(self) -> list[Seat]:
