@@ -88,6 +88,8 @@ class GroupMachine:
         """Whether the event at hand changes nothing that could call for action."""
         self._rounds_s: float | None = None
         """When a round has something to do; None: to be worked out again."""
+        self._rounds_of: tuple[Round | None, Round | None, set[PeerId]] = (None, None, set())
+        """Which rounds, and who is suspected, when that was worked out."""
 
     # ── the outside ──────────────────────────────────────────────────────────────────────
     @property
@@ -162,10 +164,11 @@ class GroupMachine:
         here = self._here
         if here.leaving:
             return math.inf
-        if self._rounds_s is None:
+        if self._rounds_s is None or not self._same_rounds():
             suspected = here.suspected()
             times = [r.deadline_s(suspected) for r in (here.current, here.previous) if r]
             self._rounds_s = min(times, default=math.inf)
+            self._rounds_of = (here.current, here.previous, suspected)
         return min(self._company.deadline_s, self._moving.deadline_s, self._rounds_s)
 
     @property
@@ -189,7 +192,8 @@ class GroupMachine:
         self._company.wake(now_s)
         effects = self._dispatch(event, now_s)
         if not self._idle:
-            self._rounds_s = None
+            if effects or not _spares_rounds(event):
+                self._rounds_s = None
             if not here.leaving:
                 effects += self._advance(now_s)
                 self._company.hurry(now_s)
@@ -347,15 +351,30 @@ class GroupMachine:
         self._steering.bench_the_useless(now_s)
         if not self._healing.fetching:
             effects += self._steering.coordinate(now_s)
+        due_s = self._rounds_s
+        if effects or due_s is None or now_s >= due_s or not self._same_rounds():
+            effects += self._run_rounds(now_s)
+        return effects
+
+    def _run_rounds(self, now_s: float) -> list[Effect]:
+        here = self._here
+        self._rounds_s = None
         suspected = here.suspected()
+        effects: list[Effect] = []
         if here.previous is not None:
             effects += here.previous.tick(now_s, suspected)
         if here.current is not None:
             effects += here.current.tick(now_s, suspected)
-            done = here.current.complete()
-            if done:
-                effects += done
+            effects += here.current.complete()
         return effects
+
+    def _same_rounds(self) -> bool:
+        """Whether what the rounds wait for is what it was when `_rounds_s` was worked out."""
+        current, previous, suspected = self._rounds_of
+        here = self._here
+        return (
+            current is here.current and previous is here.previous and suspected is here.suspected()
+        )
 
     def _applied(self, number: int, digest: Digest, now_s: float) -> list[Effect]:
         here = self._here
@@ -383,6 +402,16 @@ class GroupMachine:
         here.applied_s = here.moved_s = now_s
         self._healing.settled()
         self._catching_up.settled()
+
+
+def _spares_rounds(event: Event) -> bool:
+    """Whether an event by itself does nothing to a round; most are of this kind."""
+    match event:
+        case Tick() | RecordSeen():
+            return True
+        case Received(_, message):
+            return isinstance(message, Heartbeat | Hello)
+    return False
 
 
 def printable(text: str) -> str:

@@ -95,7 +95,8 @@ def _row(value: Any) -> list[Any]:
 
 
 @cache
-def _names(kind: type) -> tuple[str, ...]:
+def _names(kind: Any) -> tuple[str, ...]:
+    """A dataclass's fields."""
     return tuple(f.name for f in dataclasses.fields(kind))
 
 
@@ -139,7 +140,7 @@ def _checker(hint: Any) -> _Check:
 
 def _dataclass_checker(kind: type[Any]) -> _Check:
     hints = typing.get_type_hints(kind, include_extras=True)
-    names = _names(kind)
+    names = _names(typing.cast("Any", kind))
     inners = [_checker(hints[name]) for name in names]
     count = len(names)
 
@@ -149,7 +150,7 @@ def _dataclass_checker(kind: type[Any]) -> _Check:
         parts: list[Any] = []
         try:
             for inner, item in zip(inners, value, strict=True):
-                parts.append(inner(item))  # noqa: PERF401  (its length says where it went wrong)
+                parts.append(inner(item))
         except _MisfitError as error:
             raise error.inside(f".{names[len(parts)]}") from None
         try:

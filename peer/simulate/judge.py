@@ -16,9 +16,9 @@ all the time that
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from peer.exchange import ROUNDS_HELD_MORE, Outcome, included_units
 from peer.observe import events as ev
@@ -59,6 +59,9 @@ TABLES: Final[dict[str, int]] = {
     "riding._admitted": 4 * limits.LOANS_MAX,
 }
 """Tables keyed by others, and the most they may hold."""
+_TABLES: Final = [
+    (name, name.partition(".")[0], name.partition(".")[2], most) for name, most in TABLES.items()
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,7 +334,7 @@ class Judge:
         driver = node.driver
         if driver is None:
             return
-        places: dict[str, Any] = {
+        places: dict[str, object] = {
             "driver": driver, "exchange": driver.exchange, "transport": driver.transport,
         }  # fmt: skip
         if driver.mixing is not None:
@@ -339,11 +342,8 @@ class Judge:
                 "mixing": driver.mixing, "gossip": driver.mixing.machine,
                 "riding": driver.mixing.riding,
             }  # fmt: skip
-        for name, most in TABLES.items():
-            owner, _, attribute = name.partition(".")
-            if owner not in places:
-                continue
-            table = getattr(places[owner], attribute, ())
+        for name, owner, attribute, most in _TABLES:
+            table: Sized = getattr(places.get(owner), attribute, ())
             if len(table) > most:
                 self._blame("tables are bounded", node, f"{name} holds {len(table)} of {most}")
         for box in driver._outboxes.values():

@@ -34,7 +34,7 @@ class StandstillError(RuntimeError):
 class Entry:
     """A callback to run: all that asyncio wants of a handle, at half of what its own costs."""
 
-    __slots__ = ("args", "callback", "cancelled_", "context", "timed_on")
+    __slots__ = ("args", "callback", "context", "over", "timed_on")
 
     def __init__(
         self, callback: Callable[..., object], args: tuple[Any, ...], context: Context | None
@@ -42,19 +42,20 @@ class Entry:
         self.callback = callback
         self.args = args
         self.context = context if context is not None else copy_context()
-        self.cancelled_ = False
+        self.over = False
+        """It was run, or cancelled."""
         self.timed_on: VirtualLoop | None = None
         """Whose timers it stands among."""
 
     def cancel(self) -> None:
-        if not self.cancelled_:
-            self.cancelled_ = True
+        if not self.over:
+            self.over = True
             self.callback, self.args = _nothing, ()  # what it held may go
             if self.timed_on is not None:
                 self.timed_on.cancelled_timers += 1
 
     def cancelled(self) -> bool:
-        return self.cancelled_
+        return self.callback is _nothing
 
 
 def _nothing() -> None:
@@ -173,13 +174,13 @@ class VirtualLoop(asyncio.BaseEventLoop):
         while timers and timers[0][0] <= now_s:
             entry = heapq.heappop(timers)[2]
             entry.timed_on = None
-            if entry.cancelled_:
+            if entry.over:
                 self.cancelled_timers -= 1
             else:
                 due.append(entry)
         for _ in range(len(due)):
             entry = due.popleft()
-            if entry.cancelled_:
+            if entry.over:
                 continue
             if self._parked:
                 parked = self._parked.get(entry.context.get(PROCESS, -1))
@@ -187,6 +188,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
                     parked.append(entry)
                     continue
             self.events += 1
+            entry.over = True
             try:
                 entry.context.run(entry.callback, *entry.args)
             except (SystemExit, KeyboardInterrupt):
@@ -200,10 +202,10 @@ class VirtualLoop(asyncio.BaseEventLoop):
         """Jump to the next timer."""
         timers = self._timers
         if self.cancelled_timers > GARBAGE_MIN and self.cancelled_timers > len(timers) // 2:
-            timers[:] = [timer for timer in timers if not timer[2].cancelled_]
+            timers[:] = [timer for timer in timers if not timer[2].over]
             heapq.heapify(timers)
             self.cancelled_timers = 0
-        while timers and timers[0][2].cancelled_:
+        while timers and timers[0][2].over:
             heapq.heappop(timers)
             self.cancelled_timers -= 1
         if timers:
