@@ -243,8 +243,6 @@ class Driver:
         effects = self.machine.handle(event, self.clock.monotonic())
         for effect in effects:
             self._perform(effect)
-        if effects:
-            self._wake.set()
         self.wake()
 
     def _deadline_s(self) -> float:
