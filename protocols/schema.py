@@ -12,7 +12,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import cache
 from typing import Annotated, Any, Final, TypeVar, Union
 
@@ -91,7 +91,7 @@ def unpack(kind: type[T], data: bytes) -> T:
 
 def _row(value: Any) -> list[Any]:
     """A dataclass instance as msgpack should see it: it knows tuples by itself."""
-    return [getattr(value, name) for name in _names(type(value))]
+    return [getattr(value, name) for name in _names(typing.cast("Hashable", type(value)))]
 
 
 @cache
@@ -140,7 +140,7 @@ def _checker(hint: Any) -> _Check:
 
 def _dataclass_checker(kind: type[Any]) -> _Check:
     hints = typing.get_type_hints(kind, include_extras=True)
-    names = _names(typing.cast("Any", kind))
+    names = _names(typing.cast("Hashable", kind))
     inners = [_checker(hints[name]) for name in names]
     count = len(names)
 

@@ -14,13 +14,22 @@ from typing import Any, Final
 
 import dht.rules
 import peer.exchange
+import peer.mixing
+import protocols.loans
 import protocols.messages
 import protocols.records
 
 KEPT: Final = 4096  # results of each kind, the latest used: some MiB
 PLACES: Final[dict[str, tuple[Any, ...]]] = {
-    "unpack": (dht.rules, peer.exchange, protocols.messages, protocols.records),
-    "verify": (dht.rules, protocols.messages, protocols.records),
+    "unpack": (
+        dht.rules,
+        peer.exchange,
+        peer.mixing,
+        protocols.loans,
+        protocols.messages,
+        protocols.records,
+    ),
+    "verify": (dht.rules, protocols.loans, protocols.messages, protocols.records),
 }
 """A function, and the modules that call it, each by its own name for it."""
 
@@ -33,9 +42,9 @@ def shared_reading() -> Iterator[None]:
     """
     before = {name: [getattr(place, name) for place in places] for name, places in PLACES.items()}
     for name, places in PLACES.items():
-        shared = lru_cache(maxsize=KEPT)(before[name][0])
-        for place in places:
-            setattr(place, name, shared)
+        shared = {original: lru_cache(maxsize=KEPT)(original) for original in before[name]}
+        for place, original in zip(places, before[name], strict=True):
+            setattr(place, name, shared[original])
     try:
         yield
     finally:
