@@ -23,10 +23,12 @@ from protocols import limits
 from protocols.cells import rank
 from protocols.events import RecordIssued, RecordSeen, StateReady
 from protocols.records import PeerRecord, sign_record
-from protocols.types import RunId
+from protocols.types import PeerId, RunId
 
 MEMBERS_READ_S: Final = 2.0  # while there is nobody, and ...
-MEMBERS_READ_S_MAX: Final = 60.0  # ... longer and longer once there is company
+MEMBERS_READ_S_MAX: Final = 60.0  # ... longer and longer once there is company; in long rounds
+# as seldom as all standing chores (`GroupMachine.chores_s`)
+RECORD_LIVES: Final = limits.RECORD_TTL_S / limits.RECORD_REFRESH_S  # refreshes; two may fail
 STRANGERS_EVERY: Final = 4  # reads of our neighbourhood to one of groups anywhere: far round trips
 # hold the map of coordinates together
 STRANGERS: Final = 2
@@ -102,8 +104,8 @@ class Presence:
             driver.learner.round,
             config.founded_ms,
             now_ms,
-            now_ms + int(limits.RECORD_TTL_S * 1000),
-            min(len(live), limits.COMPANY_MAX) if self._machine.group else 0,
+            now_ms + int(RECORD_LIVES * self._refresh_s * 1000),
+            self._company(live),
             self._machine.coordinate,
         )
         self._record = record
@@ -125,10 +127,35 @@ class Presence:
                     config.run, config.manifest, config.name
                 )
             alone = not stored or not announced
-            wait_s = MEMBERS_READ_S if alone else limits.RECORD_REFRESH_S
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(wait_s):
-                    await self._publish.wait()
+            due_s = self._clock.monotonic() + (MEMBERS_READ_S if alone else self._refresh_s)
+            while not self._publish.is_set() and self._clock.monotonic() < due_s:
+                pause_s = min(
+                    due_s - self._clock.monotonic(),
+                    max(limits.RECORD_REFRESH_S, self._refresh_s / 4),
+                )
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(pause_s):
+                        await self._publish.wait()
+                if self._has_news():
+                    break
+
+    @property
+    def _refresh_s(self) -> float:
+        return max(limits.RECORD_REFRESH_S, self._machine.chores_s)
+
+    def _has_news(self) -> bool:
+        """Whether our record says something else of our group than what we see: others decide by it
+        whether there is room."""
+        record = self._record
+        live = self._machine.live_members(self._clock.monotonic())
+        return (
+            record is None
+            or record.company != self._company(live)
+            or record.group != self._machine.group
+        )
+
+    def _company(self, live: list[PeerId]) -> int:
+        return min(len(live), limits.COMPANY_MAX) if self._machine.group else 0
 
     # ── the others ───────────────────────────────────────────────────────────────────────
     async def keep_members(self) -> None:
@@ -146,7 +173,7 @@ class Presence:
             # A new place, or a new group, has other neighbours.
             stands = (self._machine.group, self._machine.coordinate is None)
             company = len(self._machine.members.everybody()) > 0
-            wait_s = min(MEMBERS_READ_S_MAX, wait_s * 1.3)
+            wait_s = min(max(MEMBERS_READ_S_MAX, self._machine.chores_s), wait_s * 1.3)
             if not company or stands != stood:
                 wait_s, stood = MEMBERS_READ_S, stands
             await asyncio.sleep(wait_s * self._rng.uniform(0.8, 1.2))

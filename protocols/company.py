@@ -17,6 +17,7 @@ from protocols import limits
 from protocols.errors import RemoteProtocolError
 from protocols.events import Effect, RecordIssued, Send, Suspected
 from protocols.messages import Heartbeat, Hello
+from protocols.pace import CHORES_SHARE
 from protocols.records import PeerRecord, read_record
 from protocols.schema import SchemaError
 from protocols.standing import Standing
@@ -24,7 +25,6 @@ from protocols.types import PeerId
 
 LEAD_S: Final = 5.0  # quick heartbeats begin this long before contributions are due
 CALM_S: Final = 5.0  # and end this long after the last step, if digests don't agree sooner
-TRAIN_SHARE: Final = 1 / 8  # of the training phase between slow ones
 HURRY_S: Final = 0.05  # from a change of mind to the heartbeat
 HAIL_S: Final = 5.0  # between words to a suspect
 ASLEEP_S: Final = limits.HEARTBEAT_S  # this late for our own deadline, we were not running
@@ -163,7 +163,7 @@ class Company:
         outlook = here.outlook(now_s)
         if not outlook.live or not outlook.in_step:
             return soon_s
-        pause_s = min(current.plan.train_ms / 1000 * TRAIN_SHARE, limits.HEARTBEAT_S_MAX)
+        pause_s = min(current.plan.train_ms / 1000 * CHORES_SHARE, limits.HEARTBEAT_S_MAX)
         return max(soon_s, min(self._beat_s + pause_s, current.due_s - LEAD_S))
 
     def beat(self, now_s: float) -> list[Effect]:

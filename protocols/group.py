@@ -146,6 +146,11 @@ class GroupMachine:
         """Where we stand in the network, as others should see it."""
         return self._placing.told
 
+    @property
+    def chores_s(self) -> float:
+        """How seldom standing chores may be done, as long as rounds are now."""
+        return self._here.pace.chores_s
+
     def live_members(self, now_s: float) -> list[PeerId]:
         """The group as we see it, ourselves included, in order."""
         return self._here.live_members(now_s)

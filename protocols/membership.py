@@ -79,8 +79,18 @@ class Membership:
     Lists and sets that it hands out are shared: nobody may change them.
     """
 
-    def __init__(self, me: PeerId) -> None:
+    def __init__(
+        self,
+        me: PeerId,
+        *,
+        pause_s_max: float = limits.HEARTBEAT_S_MAX,
+        record_s: float = limits.RECORD_TTL_S,
+    ) -> None:
+        """`pause_s_max`: nobody's next word may be announced for later; `record_s`: so long a
+        record that was seen says that its peer is there."""
         self.me = me
+        self.record_s = record_s
+        self._pause_s_max = pause_s_max
         self.version = 0
         """Grows whenever somebody comes, goes, moves, revives, is suspected, or stands elsewhere
         than before: what follows from that alone need not be worked out again until it does."""
@@ -143,7 +153,7 @@ class Membership:
         """`peer` said something, and by when we hear from it again; never later than any may."""
         known = self._table.get(peer)
         if known is not None:
-            self._lives(known, now_s, now_s + min(next_ms / 1000, limits.HEARTBEAT_S_MAX))
+            self._lives(known, now_s, now_s + min(next_ms / 1000, self._pause_s_max))
 
     def _lives(self, known: Neighbour, now_s: float, next_s: float) -> None:
         if known.suspected or known.left or now_s > known.silent_after_s:
@@ -216,8 +226,8 @@ class Membership:
         they were last heard."""
         if now_s - self._swept_s > limits.SUSPECT_AFTER_S:
             self._swept_s = now_s
-            keep_s = limits.FORGET_AFTER_S + limits.RECORD_TTL_S
-            lost = [p for p, n in self._table.items() if now_s - max(n.heard_s, n.seen_s) > keep_s]
+            lost_s = now_s - limits.FORGET_AFTER_S - self.record_s
+            lost = [p for p, n in self._table.items() if max(n.heard_s, n.seen_s) < lost_s]
             for peer in lost:
                 self._forget(peer)
         fresh: list[tuple[PeerId, float]] = []

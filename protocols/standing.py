@@ -150,7 +150,14 @@ class Standing:
     def __init__(self, me: PeerId, config: GroupConfig, now_s: float) -> None:
         self.me = me
         self.config = config
-        self.members = Membership(me)
+        self.pace = Pace(config.round_s, config.round_s_max, config.exchange_share)
+        """How long rounds are."""
+        chores_s = self.pace.chores_s_max
+        self.members = Membership(
+            me,
+            pause_s_max=max(limits.HEARTBEAT_S, chores_s),
+            record_s=max(limits.RECORD_TTL_S, 3 * chores_s),
+        )
         self.group = GroupName("")
         self.round = 0
         """Rounds in our outer state: the number of the next one."""
@@ -175,8 +182,6 @@ class Standing:
         that it has none, we take no part."""
         self.newcomer = True
         """Others know the plan in force and we don't, so one of them should coordinate."""
-        self.pace = Pace(config.round_s, config.round_s_max, config.exchange_share)
-        """How long rounds are."""
         self.arrivals = Arrivals(TRAIN_SHARE * config.round_s)
         """What our spans' contributions taught us about delays."""
         self.agreed = -1
