@@ -253,16 +253,7 @@ class SimTransport:
             return reply(absence("not ready"))
         if not self._call_slots.enter(sender):
             return reply(refusal("too many calls in progress"))
-        self.network.loop.call_soon(self._handle, sender, request, reply, context=self.context)
-
-    def _handle(self, sender: PeerId, request: bytes, reply: Callable[[bytes], None]) -> None:
-        assert self._on_call is not None
         answer = _at_once(self._on_call(sender, request))
-        self.network.loop.call_soon(self._answered, sender, answer, reply, context=self.context)
-
-    def _answered(
-        self, sender: PeerId, answer: bytes | Exception, reply: Callable[[bytes], None]
-    ) -> None:
         self._call_slots.leave(sender)
         if isinstance(answer, RemoteProtocolError):
             coded = refusal(answer.reason)
