@@ -220,9 +220,10 @@ class Driver:
         async with asyncio.TaskGroup() as tasks:
             self._tasks = tasks
             while True:
-                self.feed(Tick())
-                if self.mixing is not None:
-                    self.mixing.feed(Tick())
+                if self._deadline_s() <= self.clock.monotonic():
+                    self.feed(Tick())
+                    if self.mixing is not None:
+                        self.mixing.feed(Tick())
                 self._wake.clear()
                 self._sleeps_until_s = self._deadline_s()
                 wait_s = max(0.0, self._sleeps_until_s - self.clock.monotonic())

@@ -131,7 +131,7 @@ class Presence:
             while not self._publish.is_set() and self._clock.monotonic() < due_s:
                 pause_s = min(
                     due_s - self._clock.monotonic(),
-                    max(limits.RECORD_REFRESH_S, self._refresh_s / 4),
+                    max(limits.RECORD_REFRESH_S, self._refresh_s / 2),
                 )
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(pause_s):

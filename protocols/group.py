@@ -13,7 +13,6 @@ time is run. Its promises:
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 from protocols.catching_up import CatchingUp
 from protocols.company import Company
@@ -63,6 +62,7 @@ from protocols.messages import (
 )
 from protocols.moving import Moving
 from protocols.placing import Placing
+from protocols.records import says_the_same
 from protocols.round import Round
 from protocols.standing import GroupConfig, Standing
 from protocols.steering import Steering
@@ -226,13 +226,7 @@ class GroupMachine:
                 self._idle = (
                     known is not None
                     and not known.suspected
-                    and replace(
-                        record,
-                        round=known.record.round,
-                        issued_ms=known.record.issued_ms,
-                        expires_ms=known.record.expires_ms,
-                    )
-                    == known.record
+                    and says_the_same(record, known.record)
                 )
                 return self._company.record_seen(record, now_s)
             case RecordIssued():
@@ -298,7 +292,10 @@ class GroupMachine:
         here = self._here
         match message:
             case Hello():
-                return self._company.hello(sender, message, now_s)
+                version = here.members.version
+                effects = self._company.hello(sender, message, now_s)
+                self._idle = here.members.version == version
+                return effects
             case Heartbeat():
                 here.own_run(sender, message.run)
                 unknown = here.members.get(sender) is None

@@ -15,7 +15,7 @@ from typing import Final
 
 from protocols import limits
 from protocols.messages import Heartbeat, Seat
-from protocols.records import PeerRecord
+from protocols.records import PeerRecord, says_the_same
 from protocols.types import Digest, GroupName, PeerId
 
 FAILURES_MAX: Final = 2
@@ -113,8 +113,12 @@ class Membership:
         if known is not None:
             known.seen_s = now_s
             if record.issued_ms > known.record.issued_ms:
+                news = not says_the_same(record, known.record)
                 known.record = record
-                self._place(known, record.group)
+                if record.group != known.group:
+                    self._place(known, record.group)
+                elif news:
+                    self.version += 1
             return False
         if len(self._table) >= limits.KNOWN_PEERS_MAX:
             self._forget(min(self._table, key=self._worth))
