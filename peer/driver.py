@@ -192,6 +192,9 @@ class Driver:
         self.mixing: Mixing | None = None
         """Gossip with other groups; set by whoever puts the peer together, where there is any."""
         self._outboxes: dict[PeerId, deque[Message]] = {}
+        self._poster = getattr(transport, "post", None)
+        """A transport's own way to send a message without a task that waits for the answer."""
+        self._last_coded: tuple[Message | None, bytes] = (None, b"")
         self._quiet = asyncio.Event()
         self._applying = 0
         self._settled = asyncio.Event()
@@ -217,9 +220,10 @@ class Driver:
         async with asyncio.TaskGroup() as tasks:
             self._tasks = tasks
             while True:
-                self.feed(Tick())
-                if self.mixing is not None:
-                    self.mixing.feed(Tick())
+                if self._deadline_s() <= self.clock.monotonic():
+                    self.feed(Tick())
+                    if self.mixing is not None:
+                        self.mixing.feed(Tick())
                 self._wake.clear()
                 self._sleeps_until_s = self._deadline_s()
                 wait_s = max(0.0, self._sleeps_until_s - self.clock.monotonic())
@@ -240,8 +244,6 @@ class Driver:
         effects = self.machine.handle(event, self.clock.monotonic())
         for effect in effects:
             self._perform(effect)
-        if effects:
-            self._wake.set()
         self.wake()
 
     def _deadline_s(self) -> float:
@@ -367,7 +369,10 @@ class Driver:
         if box is None:
             self._outboxes[peer] = box = deque()
             self._quiet.clear()
-            self.start(self._deliver(peer, box), f"messages to {peer}")
+            if self._poster is None:
+                self.start(self._deliver(peer, box), f"messages to {peer}")
+            else:
+                asyncio.get_running_loop().call_soon(self._post_next, peer, box)
         if isinstance(message, Heartbeat | Hello):
             for queued in [m for m in box if isinstance(m, type(message))]:
                 box.remove(queued)  # only the newest says where we stand
@@ -390,21 +395,51 @@ class Driver:
 
     async def _deliver(self, peer: PeerId, box: deque[Message]) -> None:
         while box:
-            message = box.popleft()
+            coded = self._coded(box.popleft())
             begun_s = self.clock.monotonic()
             try:
-                await self.transport.call(peer, encode(message), limits.CALL_TIMEOUT_S)
-            except TransportError as error:
-                self.feed(Undelivered(peer, error.reason))
-            except RemoteProtocolError as error:
-                # It lives and says no: our message was stale, or it is of another run.
-                self.refused(error)
-                self.feed(Delivered(peer, self.clock.monotonic() - begun_s))
+                await self.transport.call(peer, coded, limits.CALL_TIMEOUT_S)
+            except (TransportError, RemoteProtocolError) as error:
+                self._delivered(peer, begun_s, error)
             else:
-                self.feed(Delivered(peer, self.clock.monotonic() - begun_s))
+                self._delivered(peer, begun_s, None)
+        self._emptied(peer)
+
+    def _post_next(self, peer: PeerId, box: deque[Message]) -> None:
+        """As `_deliver`, where the transport tells by itself what became of a message."""
+        coded = self._coded(box.popleft())
+        begun_s = self.clock.monotonic()
+
+        def done(error: TransportError | RemoteProtocolError | None) -> None:
+            self._delivered(peer, begun_s, error)
+            if box:
+                self._post_next(peer, box)
+            else:
+                self._emptied(peer)
+
+        assert self._poster is not None
+        self._poster(peer, coded, limits.CALL_TIMEOUT_S, done)
+
+    def _delivered(
+        self, peer: PeerId, begun_s: float, error: TransportError | RemoteProtocolError | None
+    ) -> None:
+        if isinstance(error, TransportError):
+            self.feed(Undelivered(peer, error.reason))
+            return
+        if error is not None:
+            self.refused(error)  # it lives and says no: our message was stale, or of another run
+        self.feed(Delivered(peer, self.clock.monotonic() - begun_s))
+
+    def _emptied(self, peer: PeerId) -> None:
         del self._outboxes[peer]
         if not self._outboxes:
             self._quiet.set()
+
+    def _coded(self, message: Message) -> bytes:
+        """Most messages go to the whole group, one after another."""
+        if message is not self._last_coded[0]:
+            self._last_coded = (message, encode(message))
+        return self._last_coded[1]
 
     async def _on_call(self, sender: PeerId, request: bytes) -> bytes:
         try:

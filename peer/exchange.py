@@ -24,6 +24,7 @@ from typing import Final, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from peer.capacity import UploadMeter
 from peer.clock import SYSTEM, Clock
 from peer.net.transport import Stream, Transport, TransportError
 from peer.riding import Board, Riding, notes_of
@@ -65,7 +66,7 @@ LATER: Final = 1
 HAVE: Final = 2
 NO: Final = 3
 
-ROUNDS_HELD_MAX: Final = limits.OUTCOME_ROUNDS_KEPT + 2  # those kept, and two in the making
+ROUNDS_HELD_MORE: Final = 2  # beside those kept, rounds in the making
 RIVALS_MAX: Final = 4  # outcomes of one span: its aggregators, one after another
 BATCH_UNITS: Final = 8  # half a million values: a few milliseconds of codec work at a time
 REASON_BYTES_MAX: Final = 2048
@@ -133,8 +134,14 @@ class Exchange:
         reducer: Reducer,
         on_choice: Callable[[PeerId, int, Choice], None] = lambda *_: None,
         clock: Clock = SYSTEM,
+        weigh: Callable[[bytes], int] = len,
+        rounds_kept: int = limits.OUTCOME_ROUNDS_KEPT,
     ) -> None:
-        """`on_choice`: told which codec a link got for our part of a span, and why."""
+        """`on_choice`: told which codec a link got for our part of a span, and why. `weigh`: the
+        bytes that a coded unit stands for, which in a simulation are not its own. `rounds_kept`:
+        so many applied rounds are held for those who missed them."""
+        self.rounds_kept = rounds_kept
+        self._weigh = weigh
         self._transport = transport
         self._signer = signer
         self._reducer = reducer
@@ -142,6 +149,8 @@ class Exchange:
         self._clock = clock
         self._bandwidth_bps: dict[PeerId, float] = {}
         """Measured on the contributions that we sent, the latest counting half."""
+        self.upload = UploadMeter(clock)
+        """What our line does, all streams of a round together."""
         self._codec = ThreadPoolExecutor(1, thread_name_prefix="codec")
         self._own: tuple[int, Contribution] | None = None
         self._closed = False
@@ -204,16 +213,18 @@ class Exchange:
             await expect_yes(stream)
             codec = self._codec_for(plan, index, to, contribution)
             begun_s, size = self._clock.monotonic(), 0
-            if contribution.weight > 0:
-                for start, stop in batches(span.start, span.stop, self._missed, BATCH_UNITS):
-                    payloads = await self.compute(
-                        lambda a=start, b=stop: contribution.encode(a, b, codec)  # type: ignore[misc]
-                    )
-                    payloads = self._attach(header.loans, plan.round, start, payloads)
-                    size += sum(map(len, payloads))
-                    await send_units(stream, start, payloads)
-            await stream.finish()
-            await expect_yes(stream)
+            with self.upload.sending() as transfer:
+                if contribution.weight > 0:
+                    for start, stop in batches(span.start, span.stop, self._missed, BATCH_UNITS):
+                        payloads = await self.compute(
+                            lambda a=start, b=stop: contribution.encode(a, b, codec)  # type: ignore[misc]
+                        )
+                        payloads = self._attach(header.loans, plan.round, start, payloads)
+                        size += sum(map(self._weigh, payloads))
+                        await send_units(stream, start, payloads)
+                await stream.finish()
+                await expect_yes(stream)
+                transfer.confirmed(size)
             self._sent(to, size, self._clock.monotonic() - begun_s)
         finally:
             await stream.close()
@@ -426,7 +437,10 @@ class Exchange:
         Who is healed by a leap holds what it had and what comes after it: the oldest round goes.
         """
         number = outcome.header.round
-        if number not in self._outcomes and len(self._outcomes) >= ROUNDS_HELD_MAX:
+        if (
+            number not in self._outcomes
+            and len(self._outcomes) >= self.rounds_kept + ROUNDS_HELD_MORE
+        ):
             oldest = min(self._outcomes)
             if number < oldest:
                 return
@@ -453,7 +467,7 @@ class Exchange:
             headers = (outcome.header for outcome in outcomes)
             self._missed = missed_again(self._missed, headers, self._transport.peer_id)
         self._outcomes[number] = outcomes
-        oldest = number - limits.OUTCOME_ROUNDS_KEPT
+        oldest = number - self.rounds_kept
         for old in [n for n in self._outcomes if n <= oldest or n > number + 1]:
             del self._outcomes[old]
         for key in [k for k in self._spans if k[0] <= number]:
@@ -466,9 +480,11 @@ class Exchange:
             await stream.send(HEADER, encode(OutcomePush(epoch, outcome.signed)))
             if await answer(stream) == HAVE:
                 return
-            await send_units(stream, outcome.header.start, outcome.units)
-            await stream.finish()
-            await expect_yes(stream)
+            with self.upload.sending() as transfer:
+                await send_units(stream, outcome.header.start, outcome.units)
+                await stream.finish()
+                await expect_yes(stream)
+                transfer.confirmed(sum(self._weigh(unit) for unit in outcome.units if unit))
         finally:
             await stream.close()
 

@@ -356,7 +356,10 @@ async def _assemble(
             )
         )
 
-    exchange = Exchange(net.transport, signer, learner.method.reducer(), codec_chosen)
+    exchange = Exchange(
+        net.transport, signer, learner.method.reducer(), codec_chosen,
+        rounds_kept=machine.config.rounds_kept,
+    )  # fmt: skip
     peer = Peer(signer, seat, hub, manifest, net, machine, learner)
     founded_ms = seat.memory.founded_ms or int(time.time() * 1000)
     seat.remember(founded_ms=founded_ms)

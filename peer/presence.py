@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from dht.directory import Directory
 from peer import finding
+from peer.capacity import Capacity
 from peer.clock import SYSTEM, Clock
 from peer.driver import Driver
 from peer.observe import events as ev
@@ -22,14 +23,15 @@ from protocols import limits
 from protocols.cells import rank
 from protocols.events import RecordIssued, RecordSeen, StateReady
 from protocols.records import PeerRecord, sign_record
-from protocols.types import RunId
+from protocols.types import PeerId, RunId
 
 MEMBERS_READ_S: Final = 2.0  # while there is nobody, and ...
-MEMBERS_READ_S_MAX: Final = 60.0  # ... longer and longer once there is company
+MEMBERS_READ_S_MAX: Final = 60.0  # ... longer and longer once there is company; in long rounds
+# as seldom as all standing chores (`GroupMachine.chores_s`)
+RECORD_LIVES: Final = limits.RECORD_TTL_S / limits.RECORD_REFRESH_S  # refreshes; two may fail
 STRANGERS_EVERY: Final = 4  # reads of our neighbourhood to one of groups anywhere: far round trips
 # hold the map of coordinates together
 STRANGERS: Final = 2
-UPLOAD_KBPS_UNKNOWN: Final = 100_000  # what an unmeasured, unlimited line counts for in elections
 STATE_LOOK_S: Final = 1.0
 STATE_TOLD_S: Final = 30.0
 
@@ -73,6 +75,7 @@ class Presence:
         self._publish = asyncio.Event()
         self._record: PeerRecord | None = None
         self._is_contact = False
+        self._capacity = Capacity(config.upload_bps)
         driver.publish = self._publish.set
 
     def works(self) -> dict[str, Callable[[], Coroutine[Any, Any, None]]]:
@@ -88,7 +91,7 @@ class Presence:
         """Sign what we say of ourselves now, and tell the machine."""
         config, driver = self._config, self._driver
         now_ms = int(self._clock.time() * 1000)
-        budget_bps = config.upload_bps
+        fellows = [record.upload_kbps for record in driver.records()]
         live = self._machine.live_members(self._clock.monotonic())
         record = PeerRecord(
             driver.signer.peer_id,
@@ -96,13 +99,13 @@ class Presence:
             self._machine.group,
             config.site,
             tuple(driver.transport.addresses()[: limits.ADDRESSES_MAX]),
-            int(budget_bps / 1000) if budget_bps is not None else UPLOAD_KBPS_UNKNOWN,
+            self._capacity.kbps(driver.exchange.upload.kbps, fellows),
             True,
             driver.learner.round,
             config.founded_ms,
             now_ms,
-            now_ms + int(limits.RECORD_TTL_S * 1000),
-            min(len(live), limits.COMPANY_MAX) if self._machine.group else 0,
+            now_ms + int(RECORD_LIVES * self._refresh_s * 1000),
+            self._company(live),
             self._machine.coordinate,
         )
         self._record = record
@@ -124,10 +127,35 @@ class Presence:
                     config.run, config.manifest, config.name
                 )
             alone = not stored or not announced
-            wait_s = MEMBERS_READ_S if alone else limits.RECORD_REFRESH_S
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(wait_s):
-                    await self._publish.wait()
+            due_s = self._clock.monotonic() + (MEMBERS_READ_S if alone else self._refresh_s)
+            while not self._publish.is_set() and self._clock.monotonic() < due_s:
+                pause_s = min(
+                    due_s - self._clock.monotonic(),
+                    max(limits.RECORD_REFRESH_S, self._refresh_s / 2),
+                )
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(pause_s):
+                        await self._publish.wait()
+                if self._has_news():
+                    break
+
+    @property
+    def _refresh_s(self) -> float:
+        return max(limits.RECORD_REFRESH_S, self._machine.chores_s)
+
+    def _has_news(self) -> bool:
+        """Whether our record says something else of our group than what we see: others decide by it
+        whether there is room."""
+        record = self._record
+        live = self._machine.live_members(self._clock.monotonic())
+        return (
+            record is None
+            or record.company != self._company(live)
+            or record.group != self._machine.group
+        )
+
+    def _company(self, live: list[PeerId]) -> int:
+        return min(len(live), limits.COMPANY_MAX) if self._machine.group else 0
 
     # ── the others ───────────────────────────────────────────────────────────────────────
     async def keep_members(self) -> None:
@@ -145,7 +173,7 @@ class Presence:
             # A new place, or a new group, has other neighbours.
             stands = (self._machine.group, self._machine.coordinate is None)
             company = len(self._machine.members.everybody()) > 0
-            wait_s = min(MEMBERS_READ_S_MAX, wait_s * 1.3)
+            wait_s = min(max(MEMBERS_READ_S_MAX, self._machine.chores_s), wait_s * 1.3)
             if not company or stands != stood:
                 wait_s, stood = MEMBERS_READ_S, stands
             await asyncio.sleep(wait_s * self._rng.uniform(0.8, 1.2))

@@ -116,7 +116,7 @@ class CatchingUp:
             return []
         if not here.ready:
             return self._healing.fetch_state(self._healing.donors(now_s), now_s)
-        ahead = here.ahead(now_s)
+        ahead = here.outlook(now_s).ahead
         if not ahead:
             self._behind_since_s = None
             return self._healing.step_back(now_s)
@@ -129,7 +129,7 @@ class CatchingUp:
         if busy or (now_s - self._behind_since_s < BEHIND_GRACE_S and not urgent):
             return []
         gap = ahead[0].round - here.round
-        if gap > limits.OUTCOME_ROUNDS_KEPT or self._tries >= FETCH_TRIES_MAX:
+        if gap > here.config.rounds_kept or self._tries >= FETCH_TRIES_MAX:
             self._tries = 0
             if not here.outnumbered(here.members.live(here.group, now_s)):
                 return []  # they are fewer than we: it is they who must come back

@@ -17,14 +17,14 @@ from protocols import limits
 from protocols.errors import RemoteProtocolError
 from protocols.events import Effect, RecordIssued, Send, Suspected
 from protocols.messages import Heartbeat, Hello
+from protocols.pace import CHORES_SHARE
 from protocols.records import PeerRecord, read_record
 from protocols.schema import SchemaError
 from protocols.standing import Standing
-from protocols.types import Digest, PeerId
+from protocols.types import PeerId
 
 LEAD_S: Final = 5.0  # quick heartbeats begin this long before contributions are due
 CALM_S: Final = 5.0  # and end this long after the last step, if digests don't agree sooner
-TRAIN_SHARE: Final = 1 / 8  # of the training phase between slow ones
 HURRY_S: Final = 0.05  # from a change of mind to the heartbeat
 HAIL_S: Final = 5.0  # between words to a suspect
 ASLEEP_S: Final = limits.HEARTBEAT_S  # this late for our own deadline, we were not running
@@ -55,11 +55,7 @@ class Company:
             raise RemoteProtocolError(sender, "shows a record that is not its own")
         here.members.saw(record, now_s)
         here.members.announced(sender, hello.next_ms, now_s)
-        here.members.heard(sender, now_s)
-        known = here.members.get(sender)
-        if known is not None:
-            known.round, known.digest = hello.round, Digest(hello.digest)
-            known.ready = hello.ready
+        here.members.stands(sender, hello.round, hello.digest, ready=hello.ready)
         return self.greet(sender, now_s, answer=False) if hello.answer else []
 
     def record_seen(self, record: PeerRecord, now_s: float) -> list[Effect]:
@@ -164,12 +160,10 @@ class Company:
             return soon_s
         if here.agreed < here.round and now_s - here.moved_s < CALM_S:
             return soon_s
-        live = here.members.live(here.group, now_s)
-        if not live or any(
-            n.ready and (n.round != here.round or n.digest != here.digest) for n in live
-        ):
+        outlook = here.outlook(now_s)
+        if not outlook.live or not outlook.in_step:
             return soon_s
-        pause_s = min(current.plan.train_ms / 1000 * TRAIN_SHARE, limits.HEARTBEAT_S_MAX)
+        pause_s = min(current.plan.train_ms / 1000 * CHORES_SHARE, limits.HEARTBEAT_S_MAX)
         return max(soon_s, min(self._beat_s + pause_s, current.due_s - LEAD_S))
 
     def beat(self, now_s: float) -> list[Effect]:

@@ -3,6 +3,11 @@
 Weighted rendezvous (highest-random-weight) hashing: every (slot, peer) pair gets a score
 -w / ln(u) with u uniform from a hash; the order of scores is the order of candidates. A peer that
 vanishes moves only its own spans. Formula: Mosharaf et al., "Weighted distributed hash tables".
+
+A weight is what a peer says of itself. It decides who serves, and how much: but no span is sized
+by more than `WEIGHT_RATIO_MAX` times the usual weight, so whoever boasts gets a few shares and not
+all of them. (The order of candidates is left alone: were it to depend on the others' weights, one
+that goes would move spans that are not its own.)
 """
 
 from __future__ import annotations
@@ -11,9 +16,23 @@ import hashlib
 import math
 from collections.abc import Collection, Iterable, Sequence
 from functools import lru_cache
+from typing import Final
 
 from protocols.messages import Plan, Seat, Span
 from protocols.types import Digest, GroupName, PeerId, RunId
+
+WEIGHT_RATIO_MAX: Final = 4  # of a seat to the median; half a group would have to lie to move that
+
+
+def fair(seats: Iterable[Seat]) -> list[Seat]:
+    """The same seats, with weights that are not far above the median of those that others can
+    reach (weight above 1)."""
+    found = list(seats)
+    usual = sorted(seat.weight for seat in found if seat.weight > 1)
+    if not usual:
+        return found
+    most = WEIGHT_RATIO_MAX * usual[(len(usual) - 1) // 2]
+    return [seat if seat.weight <= most else Seat(seat.peer, most) for seat in found]
 
 
 def candidates(group: GroupName, slot: int, seats: Iterable[Seat]) -> list[PeerId]:
@@ -49,7 +68,7 @@ def spans_of(
     chosen: list[PeerId] = []
     for slot in range(count):
         chosen.append(next(p for p in candidates(group, slot, able) if p not in chosen))
-    weights = {seat.peer: max(seat.weight, 1) for seat in seats}
+    weights = {seat.peer: max(seat.weight, 1) for seat in fair(able)}
     total = sum(weights[peer] for peer in chosen)
     spans: list[Span] = []
     start, taken = units.start, 0

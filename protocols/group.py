@@ -13,7 +13,6 @@ time is run. Its promises:
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 from protocols.catching_up import CatchingUp
 from protocols.company import Company
@@ -63,6 +62,7 @@ from protocols.messages import (
 )
 from protocols.moving import Moving
 from protocols.placing import Placing
+from protocols.records import says_the_same
 from protocols.round import Round
 from protocols.standing import GroupConfig, Standing
 from protocols.steering import Steering
@@ -86,6 +86,10 @@ class GroupMachine:
         self._formed: tuple[GroupName, tuple[PeerId, ...]] = (GroupName(""), ())
         self._idle = False
         """Whether the event at hand changes nothing that could call for action."""
+        self._rounds_s: float | None = None
+        """When a round has something to do; None: to be worked out again."""
+        self._rounds_of: tuple[Round | None, Round | None, set[PeerId]] = (None, None, set())
+        """Which rounds, and who is suspected, when that was worked out."""
 
     # ── the outside ──────────────────────────────────────────────────────────────────────
     @property
@@ -142,6 +146,11 @@ class GroupMachine:
         """Where we stand in the network, as others should see it."""
         return self._placing.told
 
+    @property
+    def chores_s(self) -> float:
+        """How seldom standing chores may be done, as long as rounds are now."""
+        return self._here.pace.chores_s
+
     def live_members(self, now_s: float) -> list[PeerId]:
         """The group as we see it, ourselves included, in order."""
         return self._here.live_members(now_s)
@@ -160,12 +169,12 @@ class GroupMachine:
         here = self._here
         if here.leaving:
             return math.inf
-        times = [self._company.deadline_s, self._moving.deadline_s]
-        if here.current is not None:
-            times.append(here.current.deadline_s(here.suspected()))
-        if here.previous is not None:
-            times.append(here.previous.deadline_s(here.suspected()))
-        return min(times)
+        if self._rounds_s is None or not self._same_rounds():
+            suspected = here.suspected()
+            times = [r.deadline_s(suspected) for r in (here.current, here.previous) if r]
+            self._rounds_s = min(times, default=math.inf)
+            self._rounds_of = (here.current, here.previous, suspected)
+        return min(self._company.deadline_s, self._moving.deadline_s, self._rounds_s)
 
     @property
     def phase(self) -> str:
@@ -187,9 +196,12 @@ class GroupMachine:
         self._idle = False
         self._company.wake(now_s)
         effects = self._dispatch(event, now_s)
-        if not here.leaving and not self._idle:
-            effects += self._advance(now_s)
-            self._company.hurry(now_s)
+        if not self._idle:
+            if effects or not _spares_rounds(event):
+                self._rounds_s = None
+            if not here.leaving:
+                effects += self._advance(now_s)
+                self._company.hurry(now_s)
         self._company.rest(now_s)
         return effects
 
@@ -214,13 +226,7 @@ class GroupMachine:
                 self._idle = (
                     known is not None
                     and not known.suspected
-                    and replace(
-                        record,
-                        round=known.record.round,
-                        issued_ms=known.record.issued_ms,
-                        expires_ms=known.record.expires_ms,
-                    )
-                    == known.record
+                    and says_the_same(record, known.record)
                 )
                 return self._company.record_seen(record, now_s)
             case RecordIssued():
@@ -286,7 +292,10 @@ class GroupMachine:
         here = self._here
         match message:
             case Hello():
-                return self._company.hello(sender, message, now_s)
+                version = here.members.version
+                effects = self._company.hello(sender, message, now_s)
+                self._idle = here.members.version == version
+                return effects
             case Heartbeat():
                 here.own_run(sender, message.run)
                 unknown = here.members.get(sender) is None
@@ -329,7 +338,7 @@ class GroupMachine:
         effects = self._moving.regroup(now_s)
         if not here.group or here.record is None:
             return effects
-        members = tuple(here.live_members(now_s))
+        members = here.outlook(now_s).members
         if (here.group, members) != self._formed:
             self._formed = (here.group, members)
             effects.append(GroupFormed(here.group, members))
@@ -344,15 +353,30 @@ class GroupMachine:
         self._steering.bench_the_useless(now_s)
         if not self._healing.fetching:
             effects += self._steering.coordinate(now_s)
+        due_s = self._rounds_s
+        if effects or due_s is None or now_s >= due_s or not self._same_rounds():
+            effects += self._run_rounds(now_s)
+        return effects
+
+    def _run_rounds(self, now_s: float) -> list[Effect]:
+        here = self._here
+        self._rounds_s = None
         suspected = here.suspected()
+        effects: list[Effect] = []
         if here.previous is not None:
             effects += here.previous.tick(now_s, suspected)
         if here.current is not None:
             effects += here.current.tick(now_s, suspected)
-            done = here.current.complete()
-            if done:
-                effects += done
+            effects += here.current.complete()
         return effects
+
+    def _same_rounds(self) -> bool:
+        """Whether what the rounds wait for is what it was when `_rounds_s` was worked out."""
+        current, previous, suspected = self._rounds_of
+        here = self._here
+        return (
+            current is here.current and previous is here.previous and suspected is here.suspected()
+        )
 
     def _applied(self, number: int, digest: Digest, now_s: float) -> list[Effect]:
         here = self._here
@@ -380,6 +404,16 @@ class GroupMachine:
         here.applied_s = here.moved_s = now_s
         self._healing.settled()
         self._catching_up.settled()
+
+
+def _spares_rounds(event: Event) -> bool:
+    """Whether an event by itself does nothing to a round; most are of this kind."""
+    match event:
+        case Tick() | RecordSeen():
+            return True
+        case Received(_, message):
+            return isinstance(message, Heartbeat | Hello)
+    return False
 
 
 def printable(text: str) -> str:

@@ -15,7 +15,7 @@ from protocols import limits
 from protocols.election import candidates
 from protocols.events import Agreed, Differed, Effect, FetchState
 from protocols.membership import Neighbour, seat_of
-from protocols.standing import RETRY_S, Attempt, Standing
+from protocols.standing import RETRY_S, Attempt, Outlook, Standing
 from protocols.types import Digest, PeerId
 
 STEP_BACK_S: Final = 3.0  # a majority apart must last; others finish a round a little earlier
@@ -32,6 +32,8 @@ class Healing:
         self._bad_donors: dict[PeerId, tuple[float, float]] = {}
         """Donor -> (until when it is avoided, for how long the next time)."""
         self._apart_since_s: float | None = None
+        self._compared: Outlook | None = None
+        """When the digests that we saw last were all the same."""
 
     @property
     def fetching(self) -> bool:
@@ -63,7 +65,11 @@ class Healing:
     def step_back(self, now_s: float) -> list[Effect]:
         """We have more rounds than a majority that went on without us: theirs count."""
         here = self._here
-        live = here.members.live(here.group, now_s)
+        outlook = here.outlook(now_s)
+        if not outlook.behind:
+            self._apart_since_s = None
+            return []
+        live = outlook.live
         latest = here.current or here.previous
         ours = set(latest.plan.peers) if latest is not None else set()
         others = [
@@ -133,19 +139,18 @@ class Healing:
     def check_digests(self, now_s: float) -> list[Effect]:
         """Compare with everyone who stands at the same round; the minority heals."""
         here = self._here
-        same_round = [
-            n
-            for n in here.members.live(here.group, now_s)
-            if n.ready and n.round == here.round and n.digest
-        ]
-        if not same_round or (here.current is not None and here.current.applying):
+        outlook = here.outlook(now_s)
+        if outlook is self._compared or (here.current is not None and here.current.applying):
+            return []
+        same_round = [n for n in outlook.live if n.ready and n.round == here.round and n.digest]
+        if not same_round:
             return []
         for n in same_round:
             if n.digest == here.digest:
                 n.agreed = here.round
-        behind = any(n.ready and n.round < here.round for n in here.members.live(here.group, now_s))
         tally = Tally([here.digest, *(n.digest for n in same_round)])
         if len(tally) == 1:
+            self._compared = outlook  # nothing new to say until somebody stands elsewhere
             peers = tuple(sorted([here.me, *(n.record.peer for n in same_round)]))
             latest = here.previous
             expected = len(latest.plan.peers) if latest is not None else len(peers)
@@ -153,7 +158,7 @@ class Healing:
                 here.agreed = here.round
                 return [Agreed(here.round, here.digest, peers)]
             return []
-        if behind and now_s - here.applied_s < limits.DIGEST_WAIT_S:
+        if outlook.behind and now_s - here.applied_s < limits.DIGEST_WAIT_S:
             return []  # who is the majority shows when all have reported
         return self._heal(same_round, tally, now_s)
 

@@ -22,6 +22,7 @@ ADDRESS_CHARS_MAX: Final = 256  # a relayed multiaddress is about 180 characters
 GROUP_MEMBERS_MAX: Final = 16  # all-to-all heartbeats stay cheap; larger cells split
 COMPANY_MAX: Final = 1024  # what a peer may claim as its group's size
 AGGREGATORS_MAX: Final = 16
+UPLOAD_KBPS_COUNTED_MAX: Final = 10**6  # in elections; a claim of 2 Tbit/s must not win them all
 ROSTER_MAX: Final = GROUP_MEMBERS_MAX
 KNOWN_PEERS_MAX: Final = 4096  # records remembered per run, oldest dropped first
 COORDINATE_S_MAX: Final = 1.024  # round the Earth and back is 0.2 s
@@ -48,7 +49,8 @@ STREAMS_MAX: Final = 256
 STATE_BYTES_MAX: Final = 256 * 2**30
 ASSET_BYTES_MAX: Final = 64 * 2**30
 ASSETS_MAX: Final = 256
-OUTCOME_ROUNDS_KEPT: Final = 8  # a peer that missed a few rounds catches up by outcomes alone
+OUTCOME_ROUNDS_KEPT: Final = 8  # a peer that missed a few rounds catches up by outcomes alone;
+# with fragments: turns of all of them
 
 # ── the ledger of blocks ─────────────────────────────────────────────────────────────────
 REPORT_RANGES_MAX: Final = 64  # 3 lists x 16 members x 64 ranges x 11 bytes: 34 KiB, one message
@@ -83,11 +85,11 @@ CALL_TIMEOUT_S: Final = 5.0  # a unary call; the far side is gone or frozen
 PROGRESS_TIMEOUT_S: Final = 5.0  # a stream on which nothing moved
 CONNECT_TIMEOUT_S: Final = 10.0
 HEARTBEAT_S: Final = 1.0  # while it matters who lives
-HEARTBEAT_S_MAX: Final = 60.0  # in a long training phase; each says when its next one is due
+HEARTBEAT_S_MAX: Final = 300.0  # in a long training phase; each says when its next one is due
 SUSPECT_AFTER_S: Final = 3.5  # three heartbeats missed, or one announced for later 2.5 s overdue
 FORGET_AFTER_S: Final = 60.0  # a suspected member is no member any more
-RECORD_TTL_S: Final = 90.0  # signed records live this long; clocks may be a few seconds apart
-RECORD_REFRESH_S: Final = 30.0  # stored again at a third of its life
+RECORD_TTL_S: Final = 90.0  # signed records live this long, or three refreshes; clocks differ
+RECORD_REFRESH_S: Final = 30.0  # stored again at a third of its life; seldomer in long rounds
 RECORD_LIFETIME_S_MAX: Final = 3600.0
 CLOCK_SKEW_S_MAX: Final = 30.0  # records issued this far in our future are still believed
 DIGEST_WAIT_S: Final = 2.0  # a coordinator waits this long for its members' digests

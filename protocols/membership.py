@@ -15,7 +15,7 @@ from typing import Final
 
 from protocols import limits
 from protocols.messages import Heartbeat, Seat
-from protocols.records import PeerRecord
+from protocols.records import PeerRecord, says_the_same
 from protocols.types import Digest, GroupName, PeerId
 
 FAILURES_MAX: Final = 2
@@ -59,11 +59,42 @@ class Neighbour:
         return due_s + limits.SUSPECT_AFTER_S - limits.HEARTBEAT_S
 
 
-class Membership:
-    """The table of neighbours. All times are the machine's clock."""
+@dataclass(slots=True)
+class _View:
+    """Who stands in one group, worked out once and asked for many times per event."""
 
-    def __init__(self, me: PeerId) -> None:
+    group: GroupName
+    version: int
+    """Of the table; another one makes this view stale ..."""
+    until_s: float
+    """... and so does time: whoever lives falls silent then at the earliest."""
+    members: list[Neighbour]
+    live: list[Neighbour]
+    suspects: set[PeerId]
+
+
+class Membership:
+    """The table of neighbours. All times are the machine's clock.
+
+    Lists and sets that it hands out are shared: nobody may change them.
+    """
+
+    def __init__(
+        self,
+        me: PeerId,
+        *,
+        pause_s_max: float = limits.HEARTBEAT_S_MAX,
+        record_s: float = limits.RECORD_TTL_S,
+    ) -> None:
+        """`pause_s_max`: nobody's next word may be announced for later; `record_s`: so long a
+        record that was seen says that its peer is there."""
         self.me = me
+        self.record_s = record_s
+        self._pause_s_max = pause_s_max
+        self.version = 0
+        """Grows whenever somebody comes, goes, moves, revives, is suspected, or stands elsewhere
+        than before: what follows from that alone need not be worked out again until it does."""
+        self._view = _View(GroupName(""), -1, -math.inf, [], [], set())
         self._table: dict[PeerId, Neighbour] = {}
         self._swept_s = float("-inf")
         self._groups: dict[GroupName, dict[PeerId, Neighbour]] = {}
@@ -82,8 +113,12 @@ class Membership:
         if known is not None:
             known.seen_s = now_s
             if record.issued_ms > known.record.issued_ms:
+                news = not says_the_same(record, known.record)
                 known.record = record
-                self._place(known, record.group)
+                if record.group != known.group:
+                    self._place(known, record.group)
+                elif news:
+                    self.version += 1
             return False
         if len(self._table) >= limits.KNOWN_PEERS_MAX:
             self._forget(min(self._table, key=self._worth))
@@ -98,9 +133,11 @@ class Membership:
             del self._groups[known.group]
         known.group = group
         self._groups.setdefault(group, {})[known.record.peer] = known
+        self.version += 1
 
     def _forget(self, peer: PeerId) -> None:
         known = self._table.pop(peer)
+        self.version += 1
         self._groups.get(known.group, {}).pop(peer, None)
         if not self._groups.get(known.group, True):
             del self._groups[known.group]
@@ -114,39 +151,54 @@ class Membership:
         """`peer` said something: it lives."""
         known = self._table.get(peer)
         if known is not None:
-            known.heard_s = now_s
-            self.sweep_s = min(self.sweep_s, known.silent_after_s)
-            known.failures = 0
-            known.suspected = False
-            known.left = False
+            self._lives(known, now_s, known.next_s)
 
     def announced(self, peer: PeerId, next_ms: int, now_s: float) -> None:
-        """`peer` says by when we hear from it again; never later than any peer may."""
+        """`peer` said something, and by when we hear from it again; never later than any may."""
         known = self._table.get(peer)
         if known is not None:
-            known.next_s = now_s + min(next_ms / 1000, limits.HEARTBEAT_S_MAX)
+            self._lives(known, now_s, now_s + min(next_ms / 1000, self._pause_s_max))
+
+    def _lives(self, known: Neighbour, now_s: float, next_s: float) -> None:
+        if known.suspected or known.left or now_s > known.silent_after_s:
+            known.suspected = known.left = False
+            self.version += 1
+        known.heard_s, known.next_s, known.failures = now_s, next_s, 0
+        until_s = known.silent_after_s
+        self.sweep_s = min(self.sweep_s, until_s)
+        self._view.until_s = min(self._view.until_s, until_s)  # it may announce itself for sooner
 
     def excuse(self, group: GroupName, now_s: float) -> None:
         """Who was not silent for too long yet may be silent until another word was due."""
         for known in self._groups.get(group, {}).values():
             if known.heard_s > 0 and not known.suspected:
                 known.next_s = max(known.next_s, now_s + limits.HEARTBEAT_S)
+        self.version += 1
 
     def heartbeat(self, peer: PeerId, beat: Heartbeat, now_s: float) -> bool:
         """Note where `peer` stands; False if that is nothing new."""
         known = self._table.get(peer)
         if known is None:
             return False
-        before = (known.group, known.round, known.digest, known.ready, known.epoch)
         back = known.suspected or known.left or known.heard_s < 0
         self.announced(peer, beat.next_ms, now_s)
-        self.heard(peer, now_s)
-        known.round, known.digest = beat.round, Digest(beat.digest)
-        known.ready, known.epoch = beat.ready, beat.epoch
+        moved = known.group != beat.group or known.epoch != beat.epoch
+        moved |= self.stands(peer, beat.round, beat.digest, ready=beat.ready)
+        known.epoch = beat.epoch
         if known.group != beat.group:
             self._place(known, beat.group)
-        after = (known.group, known.round, known.digest, known.ready, known.epoch)
-        return back or before != after
+        if moved:
+            self.version += 1
+        return back or moved
+
+    def stands(self, peer: PeerId, round: int, digest: bytes, *, ready: bool) -> bool:  # noqa: A002
+        """Where `peer`'s state stands by its own word; False if that is nothing new."""
+        known = self._table.get(peer)
+        if known is None or (known.round, known.digest, known.ready) == (round, digest, ready):
+            return False
+        known.round, known.digest, known.ready = round, Digest(digest), ready
+        self.version += 1
+        return True
 
     def delivered(self, peer: PeerId, rtt_s: float) -> None:
         known = self._table.get(peer)
@@ -164,20 +216,22 @@ class Membership:
         if known.failures < FAILURES_MAX or known.suspected:
             return False
         known.suspected = True
+        self.version += 1
         return True
 
     def said_goodbye(self, peer: PeerId) -> None:
         known = self._table.get(peer)
         if known is not None:
             known.suspected = known.left = True
+            self.version += 1
 
     def sweep(self, group: GroupName, now_s: float) -> list[tuple[PeerId, float]]:
         """Suspect the silent and forget the lost; the newly suspected of `group`, and when
         they were last heard."""
         if now_s - self._swept_s > limits.SUSPECT_AFTER_S:
             self._swept_s = now_s
-            keep_s = limits.FORGET_AFTER_S + limits.RECORD_TTL_S
-            lost = [p for p, n in self._table.items() if now_s - max(n.heard_s, n.seen_s) > keep_s]
+            lost_s = now_s - limits.FORGET_AFTER_S - self.record_s
+            lost = [p for p, n in self._table.items() if max(n.heard_s, n.seen_s) < lost_s]
             for peer in lost:
                 self._forget(peer)
         fresh: list[tuple[PeerId, float]] = []
@@ -188,22 +242,46 @@ class Membership:
             if now_s > known.silent_after_s:
                 fresh.append((peer, known.heard_s))
                 known.suspected = True
+                self.version += 1
             else:
                 self.sweep_s = min(self.sweep_s, known.silent_after_s)
         return fresh
 
     def in_group(self, group: GroupName) -> list[Neighbour]:
         """Everyone who says that it stands in `group`, living or not."""
+        view = self._view
+        if view.group == group and view.version == self.version:
+            return view.members
         return [n for n in self._groups.get(group, {}).values() if not n.left]
 
     def suspects(self, group: GroupName) -> set[PeerId]:
+        view = self._view
+        if view.group == group and view.version == self.version:
+            return view.suspects
         return {p for p, n in self._groups.get(group, {}).items() if n.suspected}
 
     def live(self, group: GroupName, now_s: float) -> list[Neighbour]:
         """Members of `group` that were heard lately and are not suspected."""
-        return [n for n in self.in_group(group) if not n.suspected and now_s <= n.silent_after_s]
+        view = self._view
+        known = view.group == group and view.version == self.version
+        if not known or now_s > view.until_s:
+            self._view = fresh = self._look_at(group, now_s)
+            if known and len(fresh.live) < len(view.live):  # somebody fell silent
+                self.version += 1
+                fresh.version = self.version
+            view = fresh
+        return view.live
+
+    def _look_at(self, group: GroupName, now_s: float) -> _View:
+        placed = self._groups.get(group, {})
+        members = [n for n in placed.values() if not n.left]
+        live = [n for n in members if not n.suspected and now_s <= n.silent_after_s]
+        until_s = min((n.silent_after_s for n in live), default=math.inf)
+        suspects = {p for p, n in placed.items() if n.suspected}
+        return _View(group, self.version, until_s, members, live, suspects)
 
 
 def seat_of(record: PeerRecord) -> Seat:
-    """A peer's weight in elections: its upload, if others can reach it."""
-    return Seat(record.peer, max(1, record.upload_kbps) if record.reachable else 1)
+    """A peer's weight in elections: its upload as far as it counts, if others can reach it."""
+    weight = min(max(1, record.upload_kbps), limits.UPLOAD_KBPS_COUNTED_MAX)
+    return Seat(record.peer, weight if record.reachable else 1)

@@ -27,7 +27,8 @@ LOOK_S: Final = 1.0  # how often who has no company, or too much of it, looks fo
 REVIEW_S: Final = 60.0  # and who has: nothing that counts changes faster
 SOUND_OUT_S: Final = 3.0  # how often a loner measures the round trip to the same peer again
 SOUND_OUT_MAX: Final = 8  # and to how many a second
-STRANGER_S: Final = 20.0  # who has company measures one stranger so often: far ones fix the map
+STRANGER_S: Final = 20.0  # who has company measures one stranger so often: far ones fix the map;
+STRANGER_S_MAX: Final = 60.0  # and no seldomer than this in long rounds, or it would stand still
 LARGE: Final = limits.CELL_SAMPLE // 2  # a run of which a newcomer sees so many may be larger still
 CELLS_READ_S: Final = 5.0  # from a coordinate to the records of its cells
 CELLS_WAIT_S: Final = 20.0  # and where that takes longer, what is known has to do
@@ -69,7 +70,7 @@ class Moving:
         members = [n for n in here.members.in_group(here.group) if not n.suspected]
         company = bool(here.group) and any(n.heard_s > 0 for n in members)
         content = company and len(members) < here.config.members_max
-        self._look_s = now_s + (REVIEW_S if content else LOOK_S)
+        self._look_s = now_s + (max(REVIEW_S, here.pace.chores_s) if content else LOOK_S)
         effects += self._sound_out(now_s) if not company else []
         others = [(n.record, n.group) for n in self._candidates(company, now_s)]
         rtts = measured_s(here.members.everybody(), now_s)
@@ -131,7 +132,7 @@ class Moving:
             for n in self._here.members.everybody()
             if not n.left
             and not n.suspected
-            and (n.heard_s > 0 or (trusting and now_s - n.seen_s < limits.RECORD_TTL_S))
+            and (n.heard_s > 0 or (trusting and now_s - n.seen_s < self._here.members.record_s))
         ]
 
     # ── measuring ────────────────────────────────────────────────────────────────────────
@@ -157,12 +158,12 @@ class Moving:
         here = self._here
         if now_s < self._stranger_s or not here.group:
             return []
-        self._stranger_s = now_s + STRANGER_S
+        self._stranger_s = now_s + min(max(STRANGER_S, here.pace.chores_s), STRANGER_S_MAX)
         strangers = [
             n
             for n in here.members.everybody()
             if n.group != here.group and not n.left and not n.suspected
-            and now_s - n.seen_s < limits.RECORD_TTL_S
+            and now_s - n.seen_s < self._here.members.record_s
         ]  # fmt: skip
         self._near = not self._near
         first = whom_to_measure(self._placing.latest, strangers, now_s, near=self._near)

@@ -13,8 +13,12 @@ from collections import deque
 from statistics import median_low
 from typing import Final
 
+from protocols import limits
+
 ROUNDS_KEPT: Final = 5
 ROUNDS_MIN: Final = 3  # one slow exchange is no reason
+CHORES_SHARE: Final = 1 / 8  # of a round from one standing chore to the next: rounds of half an
+# hour cost next to nothing between exchanges, and what changes is known within a part of a round
 CALM: Final = 0.5  # of the share: below that, rounds get shorter
 
 
@@ -29,6 +33,17 @@ class Pace:
         self._taken: deque[float] = deque(maxlen=ROUNDS_KEPT)
         self.round_s = round_s
         """From one round's contributions to the next."""
+
+    @property
+    def chores_s(self) -> float:
+        """How seldom what has to be done again and again may be done, as long as rounds are now:
+        heartbeats in a training phase, reading and renewing records, looking for a better group."""
+        return min(self.round_s * CHORES_SHARE, limits.HEARTBEAT_S_MAX)
+
+    @property
+    def chores_s_max(self) -> float:
+        """However long rounds become."""
+        return min(self._most_s * CHORES_SHARE, limits.HEARTBEAT_S_MAX)
 
     def measured(self, exchange_s: float) -> None:
         """A round's exchange took so long."""

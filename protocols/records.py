@@ -60,6 +60,18 @@ class PeerRecord:
             raise ValueError("lives too long")
 
 
+def says_the_same(one: PeerRecord, other: PeerRecord) -> bool:
+    """Whether a record says nothing but that time went by: its dates, and the round it is at."""
+    return (
+        one.group == other.group
+        and one.company == other.company
+        and one.coordinate == other.coordinate
+        and one.addresses == other.addresses
+        and (one.site, one.upload_kbps, one.reachable, one.founded_ms, one.run, one.peer)
+        == (other.site, other.upload_kbps, other.reachable, other.founded_ms, other.run, other.peer)
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Signed:
     """`body` as `signer` signed it for one domain; verify before unpacking."""

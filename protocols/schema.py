@@ -12,7 +12,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import cache
 from typing import Annotated, Any, Final, TypeVar, Union
 
@@ -41,12 +41,25 @@ class Exactly:
     length: int
 
 
-_Check = Callable[[Any, str], Any]
+_Check = Callable[[Any], Any]
+
+
+class _MisfitError(SchemaError):
+    """Where and what, the way there put together as the error rises: it is seldom needed."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(what)
+        self.what = what
+        self.where = ""
+
+    def inside(self, step: str) -> _MisfitError:
+        self.where = step + self.where
+        return self
 
 
 def pack(value: Any) -> bytes:
     """Canonical bytes of a dataclass instance: a msgpack array of its fields in order."""
-    return typing.cast("bytes", msgpack.packb(_plain(value), use_bin_type=True))
+    return typing.cast("bytes", msgpack.packb(value, use_bin_type=True, default=_row))
 
 
 def unpack(kind: type[T], data: bytes) -> T:
@@ -70,15 +83,21 @@ def unpack(kind: type[T], data: bytes) -> T:
         )
     except (ValueError, msgpack.exceptions.UnpackException, RecursionError) as error:
         raise SchemaError(f"{kind.__name__}: not msgpack ({error})") from None
-    return typing.cast("T", _checker(typing.cast("Any", kind))(raw, kind.__name__))
+    try:
+        return typing.cast("T", _checker(typing.cast("Any", kind))(raw))
+    except _MisfitError as error:
+        raise SchemaError(f"{kind.__name__}{error.where}: {error.what}") from None
 
 
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return [_plain(getattr(value, f.name)) for f in dataclasses.fields(value)]
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    return value
+def _row(value: Any) -> list[Any]:
+    """A dataclass instance as msgpack should see it: it knows tuples by itself."""
+    return [getattr(value, name) for name in _names(typing.cast("Hashable", type(value)))]
+
+
+@cache
+def _names(kind: Any) -> tuple[str, ...]:
+    """A dataclass's fields."""
+    return tuple(f.name for f in dataclasses.fields(kind))
 
 
 @cache
@@ -115,25 +134,29 @@ def _checker(hint: Any) -> _Check:
     if origin in (Union, types.UnionType):
         arms = [a for a in typing.get_args(hint) if a is not type(None)]
         inner = _checker(arms[0])
-        return lambda v, where: None if v is None else inner(v, where)
+        return lambda value: None if value is None else inner(value)
     return _scalar_checker(hint, bound)
 
 
 def _dataclass_checker(kind: type[Any]) -> _Check:
     hints = typing.get_type_hints(kind, include_extras=True)
-    fields = [(f.name, _checker(hints[f.name])) for f in dataclasses.fields(kind)]
+    names = _names(typing.cast("Hashable", kind))
+    inners = [_checker(hints[name]) for name in names]
+    count = len(names)
 
-    def check(value: Any, where: str) -> Any:
-        if not isinstance(value, list) or len(value) != len(fields):
-            raise SchemaError(f"{where}: expected {len(fields)} fields")
-        parts = [
-            inner(item, f"{where}.{name}")
-            for item, (name, inner) in zip(value, fields, strict=True)
-        ]
+    def check(value: Any) -> Any:
+        if not isinstance(value, list) or len(value) != count:
+            raise _MisfitError(f"expected {count} fields")
+        parts: list[Any] = []
+        try:
+            for inner, item in zip(inners, value, strict=True):
+                parts.append(inner(item))
+        except _MisfitError as error:
+            raise error.inside(f".{names[len(parts)]}") from None
         try:
             return kind(*parts)
         except ValueError as error:  # the dataclass's own __post_init__ says no
-            raise SchemaError(f"{where}: {error}") from None
+            raise _MisfitError(str(error)) from None
 
     return check
 
@@ -144,12 +167,18 @@ def _tuple_checker(item_hint: Any, bound: Max | Exactly | None) -> _Check:
     limit = bound.limit
     inner = _checker(item_hint)
 
-    def check(value: Any, where: str) -> Any:
+    def check(value: Any) -> Any:
         if not isinstance(value, list):
-            raise SchemaError(f"{where}: expected a list")
+            raise _MisfitError("expected a list")
         if len(value) > limit:
-            raise SchemaError(f"{where}: {len(value)} items, at most {limit} allowed")
-        return tuple(inner(item, f"{where}[{i}]") for i, item in enumerate(value))
+            raise _MisfitError(f"{len(value)} items, at most {limit} allowed")
+        parts: list[Any] = []
+        try:
+            for item in value:
+                parts.append(inner(item))  # noqa: PERF401  (as above)
+        except _MisfitError as error:
+            raise error.inside(f"[{len(parts)}]") from None
+        return tuple(parts)
 
     return check
 
@@ -162,9 +191,9 @@ def _scalar_checker(hint: Any, bound: Max | Exactly | None) -> _Check:
     if hint is int:
         top = bound.limit if isinstance(bound, Max) else INT_MAX
 
-        def check_int(value: Any, where: str) -> int:
+        def check_int(value: Any) -> int:
             if type(value) is not int or not 0 <= value <= top:
-                raise SchemaError(f"{where}: expected an integer in 0..{top}")
+                raise _MisfitError(f"expected an integer in 0..{top}")
             return value
 
         return check_int
@@ -173,26 +202,26 @@ def _scalar_checker(hint: Any, bound: Max | Exactly | None) -> _Check:
             raise TypeError(f"a {hint.__name__} field needs a bound")
         kind: type[str | bytes] = hint
 
-        def check_sized(value: Any, where: str) -> Any:
+        def check_sized(value: Any) -> Any:
             if type(value) is not kind:
-                raise SchemaError(f"{where}: expected {kind.__name__}")
+                raise _MisfitError(f"expected {kind.__name__}")
             if isinstance(bound, Exactly) and len(value) != bound.length:
-                raise SchemaError(f"{where}: expected exactly {bound.length} bytes")
+                raise _MisfitError(f"expected exactly {bound.length} bytes")
             if isinstance(bound, Max) and len(value) > bound.limit:
-                raise SchemaError(f"{where}: longer than {bound.limit}")
+                raise _MisfitError(f"longer than {bound.limit}")
             return value
 
         return check_sized
     raise TypeError(f"no wire form for {hint!r}")
 
 
-def _check_bool(value: Any, where: str) -> bool:
+def _check_bool(value: Any) -> bool:
     if not isinstance(value, bool):
-        raise SchemaError(f"{where}: expected true or false")
+        raise _MisfitError("expected true or false")
     return value
 
 
-def _check_float(value: Any, where: str) -> float:
+def _check_float(value: Any) -> float:
     if type(value) is not float or not math.isfinite(value):
-        raise SchemaError(f"{where}: expected a finite number")
+        raise _MisfitError("expected a finite number")
     return value

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
 from protocols import limits
@@ -54,6 +55,12 @@ class GroupConfig:
         """The units that round `number` exchanges."""
         return range(self.units) if self.fragments is None else self.fragments.of(number)
 
+    @property
+    def rounds_kept(self) -> int:
+        """Rounds whose outcomes a member keeps for the others: a state's way takes several turns of
+        all fragments, however many they are, and fewer units each cost no more to keep."""
+        return limits.OUTCOME_ROUNDS_KEPT * (1 if self.fragments is None else self.fragments.count)
+
 
 @dataclass(slots=True)
 class Attempt:
@@ -63,13 +70,94 @@ class Attempt:
     until_s: float
 
 
+class Outlook:
+    """What follows from where everybody stands, each worked out when it is first asked for.
+
+    Every event asks, most change nothing: so `Standing.outlook` keeps it until a fact changes.
+    """
+
+    def __init__(self, here: Standing, live: list[Neighbour], facts: tuple[object, ...]) -> None:
+        self.facts = facts
+        self.live = live
+        """Members of our group that live, without ourselves."""
+        self._here = here
+
+    @cached_property
+    def members(self) -> tuple[PeerId, ...]:
+        """The group as we see it, ourselves included, in order."""
+        return tuple(sorted([self._here.me, *(n.record.peer for n in self.live)]))
+
+    @cached_property
+    def ahead(self) -> list[Neighbour]:
+        """Live, ready members whose state has more rounds than ours, the most first."""
+        return sorted(
+            (n for n in self.live if n.ready and n.round > self._here.round),
+            key=lambda n: (-n.round, n.record.peer),
+        )
+
+    @cached_property
+    def behind(self) -> bool:
+        """Whether the state of a live, ready member has fewer rounds than ours."""
+        return any(n.ready and n.round < self._here.round for n in self.live)
+
+    @cached_property
+    def in_step(self) -> bool:
+        """Whether all live, ready members stand at exactly our state."""
+        here = self._here
+        return all(n.round == here.round and n.digest == here.digest for n in self.live if n.ready)
+
+    @cached_property
+    def seats(self) -> list[Seat]:
+        """Of live, ready members who stand at our round, without ourselves."""
+        return [seat_of(n.record) for n in self.live if n.ready and n.round == self._here.round]
+
+    @cached_property
+    def order(self) -> list[PeerId]:
+        """Who coordinates, and who does if that one does not, and so on."""
+        seats = self._eligible()
+        return candidates(self._here.group, 0, seats) if seats else []
+
+    def _eligible(self) -> list[Seat]:
+        """Live, ready members who stand at the group's latest round, ourselves included.
+
+        Newcomers come last in line: as long as a member of the plan in force lives, it
+        coordinates, because it knows that plan.
+        """
+        here = self._here
+        live = [n for n in self.live if n.ready]
+        if here.ready and not here.outnumbered(live):
+            # Whoever stands here with another state is about to heal, or we are.
+            seats = [
+                seat_of(n.record) for n in live if n.round == here.round and n.digest == here.digest
+            ]
+            if here.record is not None and not here.visiting:
+                seats.append(seat_of(here.record.record))
+        else:
+            top = max([n.round for n in live], default=0)
+            seats = [seat_of(n.record) for n in live if n.round == top]
+        latest = here.current or here.previous
+        if latest is not None:
+            peers = latest.plan.peers
+            return [s for s in seats if s.peer in peers] or seats
+        if here.newcomer and any(n.epoch > 0 for n in live):
+            return [s for s in seats if s.peer != here.me]
+        return seats
+
+
 class Standing:
     """Plain facts; whoever moves them says why where it does."""
 
     def __init__(self, me: PeerId, config: GroupConfig, now_s: float) -> None:
         self.me = me
         self.config = config
-        self.members = Membership(me)
+        self.pace = Pace(config.round_s, config.round_s_max, config.exchange_share)
+        """How long rounds are."""
+        chores_s = self.pace.chores_s_max
+        self.members = Membership(
+            me,
+            pause_s_max=max(limits.HEARTBEAT_S, chores_s),
+            record_s=max(limits.RECORD_TTL_S, 3 * chores_s),
+        )
         self.group = GroupName("")
         self.round = 0
         """Rounds in our outer state: the number of the next one."""
@@ -94,51 +182,35 @@ class Standing:
         that it has none, we take no part."""
         self.newcomer = True
         """Others know the plan in force and we don't, so one of them should coordinate."""
-        self.pace = Pace(config.round_s, config.round_s_max, config.exchange_share)
-        """How long rounds are."""
         self.arrivals = Arrivals(TRAIN_SHARE * config.round_s)
         """What our spans' contributions taught us about delays."""
         self.agreed = -1
         """The latest round at whose start everybody's digest was the same."""
         self._benched: dict[PeerId, float] = {}
         """Alive but useless, and until when they are passed over."""
+        self._outlook: Outlook | None = None
 
     # ── who is where ─────────────────────────────────────────────────────────────────────
+    def outlook(self, now_s: float) -> Outlook:
+        """What the facts come to now; the same object as long as they are the same."""
+        live = self.members.live(self.group, now_s)
+        latest = self.current or self.previous
+        facts = (
+            self.members.version, self.group, self.round, self.digest, self.ready, self.visiting,
+            self.newcomer, self.record, latest, latest.plan if latest is not None else None,
+        )  # fmt: skip
+        if self._outlook is None or self._outlook.facts != facts:
+            self._outlook = Outlook(self, live, facts)
+        return self._outlook
+
     def live_members(self, now_s: float) -> list[PeerId]:
         """The group as we see it, ourselves included, in order."""
-        return sorted([self.me, *(n.record.peer for n in self.members.live(self.group, now_s))])
+        return list(self.outlook(now_s).members)
 
     def coordinator(self, now_s: float) -> PeerId | None:
         """Who should issue the next plan, by what we know."""
-        seats = self.eligible(now_s)
-        order = candidates(self.group, 0, seats) if seats else []
-        able = [p for p in order if not self.is_benched(p, now_s)]
-        return next(iter(able or order), None)
-
-    def eligible(self, now_s: float) -> list[Seat]:
-        """Live, ready members who stand at the group's latest round, ourselves included.
-
-        Newcomers come last in line: as long as a member of the plan in force lives, it
-        coordinates, because it knows that plan.
-        """
-        live = [n for n in self.members.live(self.group, now_s) if n.ready]
-        if self.ready and not self.outnumbered(live):
-            # Whoever stands here with another state is about to heal, or we are.
-            seats = [
-                seat_of(n.record) for n in live if n.round == self.round and n.digest == self.digest
-            ]
-            if self.record is not None and not self.visiting:
-                seats.append(seat_of(self.record.record))
-        else:
-            top = max([n.round for n in live], default=0)
-            seats = [seat_of(n.record) for n in live if n.round == top]
-        latest = self.current or self.previous
-        if latest is not None:
-            incumbents = [s for s in seats if s.peer in latest.plan.peers]
-            return incumbents or seats
-        if self.newcomer and any(n.epoch > 0 for n in live):
-            return [s for s in seats if s.peer != self.me]
-        return seats
+        order = self.outlook(now_s).order
+        return next((p for p in order if not self.is_benched(p, now_s)), next(iter(order), None))
 
     def outnumbered(self, live: list[Neighbour]) -> bool:
         """Whether those with more rounds than we are at least as many as those at our state.
@@ -153,14 +225,6 @@ class Standing:
     def camp(self, live: list[Neighbour]) -> int:
         """How many stand at exactly our state, ourselves included."""
         return 1 + sum(n.ready and n.round == self.round and n.digest == self.digest for n in live)
-
-    def ahead(self, now_s: float) -> list[Neighbour]:
-        """Live, ready members whose state has more rounds than ours."""
-        live = self.members.live(self.group, now_s)
-        return sorted(
-            (n for n in live if n.ready and n.round > self.round),
-            key=lambda n: (-n.round, n.record.peer),
-        )
 
     def bench(self, peer: PeerId, now_s: float) -> None:
         self._benched = {p: t for p, t in self._benched.items() if t > now_s}

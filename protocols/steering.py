@@ -67,7 +67,7 @@ class Steering:
             useless = now_s - since_s > PATIENCE_S
         else:
             since_s = max(here.moved_s, current.end_s)
-            useless = bool(current.missing()) and now_s - since_s > RETRY_S
+            useless = now_s - since_s > RETRY_S and bool(current.missing())
         if not useless:
             return
         here.moved_s = now_s
@@ -81,10 +81,8 @@ class Steering:
     def _seats(self, now_s: float) -> list[Seat]:
         """Everyone who can take part in the round that we stand at."""
         here = self._here
-        live = here.members.live(here.group, now_s)
-        seats = [seat_of(n.record) for n in live if n.ready and n.round == here.round]
         assert here.record is not None
-        seats.append(seat_of(here.record.record))
+        seats = [*here.outlook(now_s).seats, seat_of(here.record.record)]
         seats = [Seat(s.peer, 0) if here.is_benched(s.peer, now_s) else s for s in seats]
         if len(seats) > limits.ROSTER_MAX:
             order = candidates(here.group, 0, seats)[: limits.ROSTER_MAX]
@@ -93,9 +91,7 @@ class Steering:
 
     def _next_round(self, seats: list[Seat], now_s: float) -> list[Effect]:
         here = self._here
-        live = [n for n in here.members.live(here.group, now_s) if n.ready]
-        waiting = any(n.round < here.round for n in live)
-        if waiting and now_s - here.applied_s < limits.DIGEST_WAIT_S:
+        if here.outlook(now_s).behind and now_s - here.applied_s < limits.DIGEST_WAIT_S:
             return []
         same = [s for s in seats if here.same_digest(s.peer)]
         train_s = max(TRAIN_S_MIN, here.due_s + here.pace.round_s - now_s)
@@ -169,6 +165,8 @@ class Steering:
         for peer in late:
             if peer != here.me and not here.is_benched(peer, now_s):
                 here.bench(peer, now_s)
+        if not late and not joiners and len(keep) == len(plan.roster):
+            return []  # as nearly always
         room = max(0, limits.ROSTER_MAX - len(keep))
         revised = revise_plan(
             plan,

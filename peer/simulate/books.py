@@ -152,12 +152,17 @@ class Books:
         mine.pop(contribution.number - CONTRIBUTIONS_KEPT, None)
 
     def holds(self, state: History, machine: int, block: tuple[int, int]) -> int:
-        """How many samples of an (epoch, block) the work of `machine` has in every unit."""
-        every = -1
-        for bits in state.works.get(machine, (0,)):
-            every &= bits
+        """How many samples of an (epoch, block) the work of `machine` has in every unit.
+
+        A block that was trained again, because the first work was thrown away when it was inside
+        in part, may be in some units by one of its works and in the others by the other.
+        """
         works = self.samples.get(machine, {})
-        return sum(used.get(block, 0) for number, used in works.items() if every >> number & 1)
+        having = [(number, used[block]) for number, used in works.items() if block in used]
+        return min(
+            sum(count for number, count in having if bits >> number & 1)
+            for bits in state.works.get(machine, (0,))
+        )
 
     def find(self, digest: bytes) -> History | None:
         return self._states.get(digest)

@@ -16,11 +16,11 @@ all the time that
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
-from peer.exchange import ROUNDS_HELD_MAX, Outcome, included_units
+from peer.exchange import ROUNDS_HELD_MORE, Outcome, included_units
 from peer.observe import events as ev
 from peer.simulate.accounts import LedgerFigures, LedgerJudge
 from peer.simulate.books import WIDTH, History, read_unit
@@ -42,7 +42,7 @@ TABLES: Final[dict[str, int]] = {
     "driver._due": 8,
     "driver._sent": 1,
     "exchange._spans": 3 * limits.AGGREGATORS_MAX,
-    "exchange._outcomes": ROUNDS_HELD_MAX,
+    "exchange._outcomes": limits.OUTCOME_ROUNDS_KEPT * limits.FRAGMENTS_MAX + ROUNDS_HELD_MORE,
     "exchange._bandwidth_bps": limits.ROSTER_MAX,
     "transport._streams": limits.STREAMS_MAX + 8 * limits.ROSTER_MAX,
     "transport._serving": limits.STREAMS_MAX + 1,
@@ -59,6 +59,9 @@ TABLES: Final[dict[str, int]] = {
     "riding._admitted": 4 * limits.LOANS_MAX,
 }
 """Tables keyed by others, and the most they may hold."""
+_TABLES: Final = [
+    (name, name.partition(".")[0], name.partition(".")[2], most) for name, most in TABLES.items()
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +128,9 @@ class Judge:
         state_s = 8 * scenario.load.state_bytes / scenario.slowest_bps()
         self._heal_s = HEAL_S + 2 * scenario.round_s + 3 * state_s
         self._stuck_s = 3 * scenario.exchange_s + 2 * scenario.round_s + ROUND_SLACK_S
-        self._state_s = 60.0 + 4 * state_s + limits.RECORD_REFRESH_S
+        # Donors double with each generation of newcomers, and their lines carry rounds as well.
+        generations = math.log2(max(2, len(scenario.peers)))
+        self._state_s = 60.0 + (2 + 2 * generations) * state_s + limits.RECORD_REFRESH_S
 
     def watch(self, node: Node) -> _Watch:
         return self._watches.setdefault(node.index, _Watch())
@@ -329,7 +334,7 @@ class Judge:
         driver = node.driver
         if driver is None:
             return
-        places: dict[str, Any] = {
+        places: dict[str, object] = {
             "driver": driver, "exchange": driver.exchange, "transport": driver.transport,
         }  # fmt: skip
         if driver.mixing is not None:
@@ -337,11 +342,8 @@ class Judge:
                 "mixing": driver.mixing, "gossip": driver.mixing.machine,
                 "riding": driver.mixing.riding,
             }  # fmt: skip
-        for name, most in TABLES.items():
-            owner, _, attribute = name.partition(".")
-            if owner not in places:
-                continue
-            table = getattr(places[owner], attribute, ())
+        for name, owner, attribute, most in _TABLES:
+            table: Sized = getattr(places.get(owner), attribute, ())
             if len(table) > most:
                 self._blame("tables are bounded", node, f"{name} holds {len(table)} of {most}")
         for box in driver._outboxes.values():

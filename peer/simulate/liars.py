@@ -35,6 +35,8 @@ REMEMBERED_MAX: Final = 64
 class LyingTransport(SimTransport):
     """`SimTransport` of a liar."""
 
+    post = None  # type: ignore[assignment]  # every word goes through `call`
+
     def __init__(
         self, network: SimNetwork, machine: Machine, lie: Lie, signer: Signer, rng: random.Random
     ) -> None:

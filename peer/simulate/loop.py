@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-from asyncio.events import Handle, TimerHandle
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor
-from contextvars import Context, ContextVar
+from contextvars import Context, ContextVar, copy_context
 from typing import Any, Final, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -32,6 +31,37 @@ class StandstillError(RuntimeError):
     """Nothing is due and nothing ever will be: somebody waits for what can't come."""
 
 
+class Entry:
+    """A callback to run: all that asyncio wants of a handle, at half of what its own costs."""
+
+    __slots__ = ("args", "callback", "context", "over", "timed_on")
+
+    def __init__(
+        self, callback: Callable[..., object], args: tuple[Any, ...], context: Context | None
+    ) -> None:
+        self.callback = callback
+        self.args = args
+        self.context = context if context is not None else copy_context()
+        self.over = False
+        """It was run, or cancelled."""
+        self.timed_on: VirtualLoop | None = None
+        """Whose timers it stands among."""
+
+    def cancel(self) -> None:
+        if not self.over:
+            self.over = True
+            self.callback, self.args = _nothing, ()  # what it held may go
+            if self.timed_on is not None:
+                self.timed_on.cancelled_timers += 1
+
+    def cancelled(self) -> bool:
+        return self.callback is _nothing
+
+
+def _nothing() -> None:
+    pass
+
+
 class VirtualLoop(asyncio.BaseEventLoop):
     """See the module. Use `run_until_complete`."""
 
@@ -39,11 +69,11 @@ class VirtualLoop(asyncio.BaseEventLoop):
         """`start_s`: where the clock begins; a little after 0, which often means "never"."""
         super().__init__()
         self._now_s = start_s
-        self._timers: list[tuple[float, int, TimerHandle]] = []
+        self._timers: list[tuple[float, int, Entry]] = []
         self._count = 0
-        self._cancelled = 0
-        self._due: deque[Handle] = deque()
-        self._parked: dict[int, list[Handle]] = {}
+        self.cancelled_timers = 0
+        self._due: deque[Entry] = deque()
+        self._parked: dict[int, list[Entry]] = {}
         """Frozen process -> what it should have run meanwhile."""
         self._charged_s = 0.0
         self._executor_free_s: WeakKeyDictionary[Executor, float] = WeakKeyDictionary()
@@ -69,14 +99,14 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
     def call_soon(  # type: ignore[override]
         self, callback: Callable[..., object], *args: Any, context: Context | None = None
-    ) -> Handle:
-        handle = Handle(callback, args, self, context)
-        self._due.append(handle)
-        return handle
+    ) -> Entry:
+        entry = Entry(callback, args, context)
+        self._due.append(entry)
+        return entry
 
     def call_soon_threadsafe(  # type: ignore[override]
         self, callback: Callable[..., object], *args: Any, context: Context | None = None
-    ) -> Handle:
+    ) -> Entry:
         return self.call_soon(callback, *args, context=context)
 
     def call_later(  # type: ignore[override]
@@ -85,7 +115,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         callback: Callable[..., object],
         *args: Any,
         context: Context | None = None,
-    ) -> TimerHandle:
+    ) -> Entry:
         return self.call_at(self._now_s + delay, callback, *args, context=context)
 
     def call_at(  # type: ignore[override]
@@ -94,16 +124,12 @@ class VirtualLoop(asyncio.BaseEventLoop):
         callback: Callable[..., object],
         *args: Any,
         context: Context | None = None,
-    ) -> TimerHandle:
-        handle = TimerHandle(when, callback, args, self, context)
-        handle._scheduled = True  # type: ignore[attr-defined]
+    ) -> Entry:
+        entry = Entry(callback, args, context)
+        entry.timed_on = self
         self._count += 1
-        heapq.heappush(self._timers, (when, self._count, handle))
-        return handle
-
-    def _timer_handle_cancelled(self, handle: TimerHandle) -> None:
-        if handle._scheduled:  # type: ignore[attr-defined]
-            self._cancelled += 1
+        heapq.heappush(self._timers, (when, self._count, entry))
+        return entry
 
     def run_in_executor(  # type: ignore[override]
         self, executor: Executor | None, func: Callable[..., T], *args: Any
@@ -144,44 +170,48 @@ class VirtualLoop(asyncio.BaseEventLoop):
         due, timers = self._due, self._timers
         if not due:
             self._advance()
-        while timers and timers[0][0] <= self._now_s:
-            handle = heapq.heappop(timers)[2]
-            handle._scheduled = False  # type: ignore[attr-defined]
-            if handle._cancelled:
-                self._cancelled -= 1
+        now_s = self._now_s
+        while timers and timers[0][0] <= now_s:
+            entry = heapq.heappop(timers)[2]
+            entry.timed_on = None
+            if entry.over:
+                self.cancelled_timers -= 1
             else:
-                due.append(handle)
+                due.append(entry)
         for _ in range(len(due)):
-            handle_ = due.popleft()
-            if handle_._cancelled:
+            entry = due.popleft()
+            if entry.over:
                 continue
             if self._parked:
-                parked = self._parked.get(_process_of(handle_))
+                parked = self._parked.get(entry.context.get(PROCESS, -1))
                 if parked is not None:
-                    parked.append(handle_)
+                    parked.append(entry)
                     continue
             self.events += 1
-            handle_._run()
+            entry.over = True
+            try:
+                entry.context.run(entry.callback, *entry.args)
+            except (SystemExit, KeyboardInterrupt):
+                raise
+            except BaseException as error:  # as asyncio's own loop: it goes on
+                self.call_exception_handler(
+                    {"message": f"{entry.callback!r} failed", "exception": error}
+                )
 
     def _advance(self) -> None:
         """Jump to the next timer."""
         timers = self._timers
-        if self._cancelled > GARBAGE_MIN and self._cancelled > len(timers) // 2:
-            timers[:] = [entry for entry in timers if not entry[2]._cancelled]
+        if self.cancelled_timers > GARBAGE_MIN and self.cancelled_timers > len(timers) // 2:
+            timers[:] = [timer for timer in timers if not timer[2].over]
             heapq.heapify(timers)
-            self._cancelled = 0
-        while timers and timers[0][2]._cancelled:
+            self.cancelled_timers = 0
+        while timers and timers[0][2].over:
             heapq.heappop(timers)
-            self._cancelled -= 1
+            self.cancelled_timers -= 1
         if timers:
             self._now_s = max(self._now_s, timers[0][0])
         elif not self._stopping:  # type: ignore[attr-defined]
             raise StandstillError("nothing is due and nothing ever will be")
-
-
-def _process_of(handle: Handle) -> int:
-    process: int = handle._context.get(PROCESS, -1)  # type: ignore[attr-defined]
-    return process
 
 
 def _resolve(future: asyncio.Future[T], result: T) -> None:

@@ -14,9 +14,10 @@ import asyncio
 import math
 import random
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from contextvars import Context, copy_context
-from typing import Any, Final, cast
+from functools import partial
+from typing import Final, cast
 
 from peer.net.budget import PIECE_S, UploadBudget
 from peer.net.calls import (
@@ -34,10 +35,13 @@ from peer.net.calls import (
 from peer.net.framing import serve_stream
 from peer.net.transport import CallHandler, Frame, StreamHandler, TransportError
 from peer.simulate.links import Line, Path, PathSpec
-from peer.simulate.loop import VirtualLoop
+from peer.simulate.loop import Entry, VirtualLoop
 from protocols import limits
 from protocols.errors import LocalProtocolError, RemoteProtocolError
 from protocols.types import PeerId
+
+Posted = TransportError | RemoteProtocolError | None
+"""How a message fared; None: it was taken."""
 
 PREFIX: Final = "/sim/p2p/"
 CALL_BYTES: Final = 120  # a call's own cost: stream header, encryption, packet headers
@@ -129,6 +133,10 @@ class SimNetwork:
             self._held = [h for h in self._held if h[0].stream is not stream]
 
 
+Act = Callable[["SimTransport", Callable[[bytes], None]], None]
+"""What a message does where it arrives: (who is there, how to answer)."""
+
+
 class SimTransport:
     """`peer.net.transport.Transport` of one process. Made inside the process's context."""
 
@@ -164,15 +172,41 @@ class SimTransport:
         return peer
 
     async def call(self, peer: PeerId, request: bytes, timeout_s: float) -> bytes:
+        coded = await self._ask(peer, len(request), timeout_s, self._calls(request))
+        return read_answer(peer, coded)
+
+    def post(
+        self, peer: PeerId, request: bytes, timeout_s: float, done: Callable[[Posted], None]
+    ) -> None:
+        """As `call`, for who only wants to know that it came: nobody has to wait, so it costs no
+        task. `done` is never told before this returns."""
+        act = self._calls(request)
+
+        def settle(coded: bytes | None) -> None:
+            if self.dead:
+                return  # whoever asked is gone
+            try:
+                read_answer(peer, self._arrived(peer, coded, timeout_s))
+            except (TransportError, RemoteProtocolError) as error:
+                done(error)
+            else:
+                done(None)
+
+        try:
+            self._travel(peer, len(request), timeout_s, act, settle)
+        except TransportError as error:
+            if not self.dead:
+                self.network.loop.call_soon(done, error, context=self.context)
+
+    def _calls(self, request: bytes) -> Act:
         check_request(request)
         self.network.calls += 1
         self.machine.calls += 1
 
-        def ask(there: SimTransport, answer: Callable[[bytes], None]) -> None:
+        def act(there: SimTransport, answer: Callable[[bytes], None]) -> None:
             there.answer(self.peer_id, request, answer)
 
-        coded = await self._ask(peer, len(request), timeout_s, ask)
-        return read_answer(peer, coded)
+        return act
 
     async def open(self, peer: PeerId, timeout_s: float) -> SimStream:
         opened: list[SimStream] = []
@@ -219,24 +253,16 @@ class SimTransport:
             return reply(absence("not ready"))
         if not self._call_slots.enter(sender):
             return reply(refusal("too many calls in progress"))
-        work = cast("Coroutine[Any, Any, bytes]", self._on_call(sender, request))
-        task: asyncio.Task[bytes] = self.network.loop.create_task(work)
-
-        def done(task: asyncio.Task[bytes]) -> None:
-            self._call_slots.leave(sender)
-            if task.cancelled():
-                return
-            error = task.exception()
-            if isinstance(error, RemoteProtocolError):
-                coded = refusal(error.reason)
-            elif error is not None:
-                raise error  # a bug: the loop's exception handler ends the simulation
-            else:
-                coded = OK + task.result()
-            self.budget.charge(len(coded))
-            reply(coded)
-
-        task.add_done_callback(done)
+        answer = _at_once(self._on_call(sender, request))
+        self._call_slots.leave(sender)
+        if isinstance(answer, RemoteProtocolError):
+            coded = refusal(answer.reason)
+        elif isinstance(answer, Exception):
+            raise answer  # a bug: the loop's exception handler ends the simulation
+        else:
+            coded = OK + answer
+        self.budget.charge(len(coded))
+        reply(coded)
 
     def accept(self, stream: SimStream) -> None:
         task = self.network.loop.create_task(
@@ -256,31 +282,53 @@ class SimTransport:
         self._streams.pop(stream, None)
 
     # ── there and back ───────────────────────────────────────────────────────────────────
-    async def _ask(
+    async def _ask(self, peer: PeerId, size: int, timeout_s: float, act: Act) -> bytes:
+        """Travel to `peer`, `act` there, and bring the answer back."""
+        waiter: asyncio.Future[bytes | None] = self.network.loop.create_future()
+        timer = self._travel(peer, size, timeout_s, act, partial(_settle, waiter))
+        try:
+            coded = await waiter
+        finally:
+            timer.cancel()
+        return self._arrived(peer, coded, timeout_s)
+
+    def _arrived(self, peer: PeerId, coded: bytes | None, timeout_s: float) -> bytes:
+        if coded is _NOBODY:
+            raise TransportError(peer, "nobody there")
+        if coded is None or self.dead:
+            raise gone(peer, timeout_s)
+        self.budget.received(len(coded))
+        return coded
+
+    def _travel(
         self,
         peer: PeerId,
         size: int,
         timeout_s: float,
-        act: Callable[[SimTransport, Callable[[bytes], None]], None],
-    ) -> bytes:
-        """Travel to `peer`, `act` there, and bring the answer back."""
+        act: Act,
+        settle: Callable[[bytes | None], None],
+    ) -> Entry:
+        """The way there and back; `settle` is told the answer, or None when time is up, once.
+
+        Gives the timer, for who stops waiting.
+        """
         network, loop, here = self.network, self.network.loop, self.machine
         there = network.machines.get(peer)
         if there is None or there is here or self.dead:
             raise TransportError(peer, "unreachable")
-        waiter: asyncio.Future[bytes | None] = loop.create_future()
-        timer = loop.call_later(timeout_s, _settle, waiter, None)
+        timer = loop.call_later(timeout_s, settle, None, context=self.context)
 
         def back(coded: bytes | None) -> None:
-            if waiter.done() or not network.passes(there, here):
+            if timer.over or self.dead or not network.passes(there, here):
                 return
             size = CALL_BYTES + len(coded or b"")
             delay_s = _control_s(network, there, here, size)
             loop.call_later(delay_s, arrived, coded, context=self.context)
 
         def arrived(coded: bytes | None) -> None:
-            if not waiter.done():
-                waiter.set_result(coded if coded is not None else _NOBODY)
+            if not timer.over:
+                timer.cancel()
+                settle(coded if coded is not None else _NOBODY)
 
         def reach() -> None:
             if not network.passes(here, there):
@@ -296,19 +344,22 @@ class SimTransport:
             delay_s = _control_s(network, here, there, size + CALL_BYTES)
             context = there.transport.context if there.transport is not None else self.context
             loop.call_later(delay_s, reach, context=context)
-        try:
-            coded = await waiter
-        finally:
-            timer.cancel()
-        if coded is _NOBODY:
-            raise TransportError(peer, "nobody there")
-        if coded is None or self.dead:
-            raise gone(peer, timeout_s)
-        self.budget.received(len(coded))
-        return coded
+        return timer
 
 
 _NOBODY: Final = b"nobody there"
+
+
+def _at_once(work: Awaitable[bytes]) -> bytes | Exception:
+    """What a handler of calls answers: the driver's never waits, so it needs no task."""
+    steps = work.__await__()
+    try:
+        next(steps)
+    except StopIteration as end:
+        return cast("bytes", end.value)
+    except Exception as error:  # the caller tells whose it is
+        return error
+    return LocalProtocolError("a handler of calls that waits for something")
 
 
 def _settle(waiter: asyncio.Future[bytes | None], value: bytes | None) -> None:

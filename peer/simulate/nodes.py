@@ -158,6 +158,8 @@ class Node:
                     while await learner.finish():
                         applied.clear()
                         await applied.wait()
+        if self.driver is not driver:
+            return  # killed meanwhile: who is gone says nothing
         driver.feed(Leaving("asked to leave"))
         await asyncio.sleep(GOODBYE_S)
         if self.lives == life:
@@ -242,7 +244,10 @@ class Node:
         )
         load = world.load_of(spec)
         reducer = SimReducer(loop.charge, load.unit_s)
-        exchange = Exchange(transport, self.signer, reducer, clock=clock)
+        exchange = Exchange(
+            transport, self.signer, reducer, clock=clock, weigh=lambda _: load.unit_bytes,
+            rounds_kept=machine.config.rounds_kept,
+        )  # fmt: skip
         stream = None
         if scenario.blocks:
             stream = SimStream(world.run_id, self.id, scenario.blocks, scenario.cut())
@@ -292,7 +297,7 @@ class Node:
                 manifest=world.manifest,
                 name="simulated",
                 site=spec.site,
-                upload_bps=spec.up_bps,
+                upload_bps=spec.up_bps if scenario.budgets else None,
                 founded_ms=self._founded_ms,
             ),
             driver,

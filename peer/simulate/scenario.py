@@ -106,6 +106,8 @@ class Scenario:
     members_max: int = 16
     aggregators_max: int = 4
     quorum: float = 0.5
+    budgets: bool = True
+    """Whether owners say how fast their lines are; else peers measure it."""
     gossip_every: int = 0
     """Rounds between two mixes of the same slot with another group; 0: groups stay apart."""
     gossip_slots: int = 4
@@ -221,6 +223,7 @@ def draw(
         gossip_slots=rng.choice((1, 2, 4)),
         fragments=min(bare.units, rng.choice((1, 1, 2, 4))),
         blocks=rng.choice((0, 64, 1024)),
+        budgets=rng.random() < 0.5,
     )
 
 

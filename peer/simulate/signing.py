@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import dht.rules
+import protocols.loans
 import protocols.messages
 import protocols.records
 from protocols.identity import SIGNATURE_BYTES, Signer
@@ -43,7 +44,7 @@ def fast_signatures(seed: int) -> Iterator[bytes]:
         return _mac(key, peer, domain, body) == signature
 
     # The parts that check signatures, each by its own name for `identity.verify`.
-    places: list[Any] = [protocols.messages, protocols.records, dht.rules]
+    places: list[Any] = [protocols.loans, protocols.messages, protocols.records, dht.rules]
     before = [place.verify for place in places]
     for place in places:
         place.verify = verify

@@ -24,6 +24,7 @@ from peer.simulate.mixes import MixFigures
 from peer.simulate.network import SimNetwork
 from peer.simulate.nodes import Node
 from peer.simulate.scenario import Fault, Kind, PeerSpec, Scenario
+from peer.simulate.sharing import shared_reading
 from peer.simulate.signing import fast_signatures
 from protocols.types import PeerId
 
@@ -189,6 +190,7 @@ class World:
         with ExitStack() as stack:
             if not scenario.real_signatures:
                 self.fast_key = stack.enter_context(fast_signatures(scenario.seed))
+            stack.enter_context(shared_reading())
             thresholds = gc.get_threshold()
             gc.set_threshold(200_000, 20, 50)  # a simulation makes few cycles and much else
             stack.callback(gc.set_threshold, *thresholds)

@@ -10,7 +10,16 @@ from collections.abc import Callable
 
 import pytest
 
-from protocols.election import _uniform, candidates, fault_in, make_plan, revise_plan, spans_of
+from protocols.election import (
+    WEIGHT_RATIO_MAX,
+    _uniform,
+    candidates,
+    fair,
+    fault_in,
+    make_plan,
+    revise_plan,
+    spans_of,
+)
 from protocols.messages import Plan, Seat, Span
 from protocols.types import Digest, GroupName
 from tests.protocols.samples import GROUP, RUN, peer, seats
@@ -105,11 +114,23 @@ def test_spans_are_as_large_as_their_aggregators_are_strong() -> None:
         among = some_seats(rng)
         units = rng.randint(100, 10_000)
         spans = spans_of(GROUP, among, range(units), 16, 3)
-        weight = {s.peer: s.weight for s in among}
+        weight = {s.peer: s.weight for s in fair(among)}
         total = sum(weight[s.aggregator] for s in spans)
         for span in spans:
-            fair = units * weight[span.aggregator] / total
-            assert abs(span.stop - span.start - fair) <= len(spans) + 1, f"seed {seed}"
+            share = units * weight[span.aggregator] / total
+            assert abs(span.stop - span.start - share) <= len(spans) + 1, f"seed {seed}"
+
+
+def test_whoever_boasts_gets_a_few_shares_and_not_all_of_them() -> None:
+    for others in (3, 7, 15):
+        among = seats([50_000] * others + [2**31])
+        liar = among[-1].peer
+        spans = {s.aggregator: s.stop - s.start for s in spans_of(GROUP, among, range(9000), 16, 3)}
+        assert spans[liar] <= 9000 * WEIGHT_RATIO_MAX / (WEIGHT_RATIO_MAX + others) + others + 1
+        assert min(spans.values()) >= 9000 / (WEIGHT_RATIO_MAX + others) - 1
+    low = seats([1, 1, 1, 40_000, 40_000])
+    assert fair(low) == low, "who can't be reached says nothing about the usual"
+    assert fair(seats([0, 0, 1])) == seats([0, 0, 1])
 
 
 def test_a_revision_moves_only_the_spans_of_those_who_went() -> None:

@@ -56,6 +56,8 @@ FOREIGN_RUN = RunId("cd" * 32)
 HERE, THERE = group_name("a"), group_name("b")
 LIVENESS = {"heard_s", "next_s", "sweep_s", "hailed_s", "failures", "suspected", "left"}
 """Whoever speaks lives, also when it speaks nonsense."""
+WORKED_OUT = {"version", "_view", "_outlook", "_compared", "_rounds_s", "_rounds_of"}
+"""What a machine remembers of its own conclusions: all of it follows from the rest."""
 
 
 def picture(value: Any, without: frozenset[str] = frozenset()) -> Any:
@@ -72,7 +74,8 @@ def picture(value: Any, without: frozenset[str] = frozenset()) -> Any:
         names = list(vars(value))
     else:
         return value
-    return {name: picture(getattr(value, name), without) for name in names if name not in without}
+    names = [name for name in names if name not in without and name not in WORKED_OUT]
+    return {name: picture(getattr(value, name), without) for name in names}
 
 
 class Scene:

@@ -206,3 +206,26 @@ def test_who_cannot_be_reached_carries_next_to_nothing() -> None:
     assert seat_of(record(1, upload_kbps=500)).weight == 500
     assert seat_of(record(1, upload_kbps=500, reachable=False)).weight == 1
     assert seat_of(record(1, upload_kbps=0)).weight == 1
+
+
+def test_a_run_of_short_rounds_believes_in_no_long_pause() -> None:
+    table = Membership(peer(0), pause_s_max=1.0)
+    table.saw(record(1), 0.0)
+    table.announced(peer(1), 60_000, 0.0)
+    assert table.live(GROUP, 3.4)
+    assert not table.live(GROUP, 3.6)
+
+
+def test_the_version_tells_news_from_mere_signs_of_life() -> None:
+    table = Membership(peer(0))
+    beat = Heartbeat(RUN, GROUP, 1, 4, b"d" * 32, True, 1000)
+    table.saw(record(1), 0.0)
+    assert table.heartbeat(peer(1), beat, 1.0)
+    version, live = table.version, table.live(GROUP, 1.0)
+    assert not table.heartbeat(peer(1), beat, 2.0)
+    assert table.version == version
+    assert table.live(GROUP, 2.0) is live
+    assert table.live(GROUP, 60.0) == []
+    assert table.version > version, "silence is news"
+    table.heartbeat(peer(1), beat, 61.0)
+    assert table.live(GROUP, 61.0) == live

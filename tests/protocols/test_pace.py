@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from itertools import pairwise
 
+from protocols import limits
 from protocols.errors import RemoteProtocolError
 from protocols.events import PlanAdopted
 from protocols.pace import ROUNDS_KEPT, ROUNDS_MIN, Pace
@@ -99,3 +100,14 @@ def test_nobody_may_plan_beyond_the_bounds_of_the_manifest() -> None:
     )
     answer = scene.attack(scene.victim, issue(scene.aggregator.signer, long))
     assert isinstance(answer, RemoteProtocolError)
+
+
+def test_standing_chores_follow_the_length_of_rounds() -> None:
+    assert Pace(8.0, 0.0, 0.5).chores_s == 1.0
+    assert Pace(1800.0, 0.0, 0.5).chores_s == 225.0
+    assert Pace(86400.0, 0.0, 0.5).chores_s == limits.HEARTBEAT_S_MAX
+    growing = Pace(8.0, 80.0, 0.5)
+    assert (growing.chores_s, growing.chores_s_max) == (1.0, 10.0)
+    for _ in range(5):
+        growing.measured(20.0)
+    assert growing.chores_s == 5.0

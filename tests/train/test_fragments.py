@@ -210,15 +210,15 @@ def test_a_difference_of_histories_weighs_a_turn_of_the_others() -> None:
         assert owed.freeze(None, turn) == pytest.approx(fragments * 900 / 9)
 
 
-TURNS, STEPS = 14, 12  # inner steps of a peer in a turn of all fragments
+STEPS = 12  # inner steps of a peer in a turn of all fragments
 
 
-def learned(fragments: int, **changes: Any) -> tuple[float, list[int]]:
+def learned(fragments: int, turns: int, **changes: Any) -> tuple[float, list[int]]:
     """(held-out loss after what two peers did, bytes of one's contribution to each round)."""
     peers = [made(fragments, codec="q4", lr=0.7, momentum=0.5, **changes) for _ in range(2)]
     sizes = []
     seeds = iter(range(10**6))
-    for number in range(TURNS * fragments):
+    for number in range(turns * fragments):
         for one in peers:
             for _ in range(STEPS // fragments):
                 one.step(batch(next(seeds)))
@@ -234,17 +234,22 @@ def learned(fragments: int, **changes: Any) -> tuple[float, list[int]]:
 
 
 def test_fragments_learn_as_whole_rounds_do_and_a_round_sends_a_share_of_the_bytes() -> None:
-    whole, all_bytes = learned(1)
-    untrained = made(1).evaluate([batch(-1 - i) for i in range(8)])
-    assert whole < 0.5 * untrained
-    options: list[tuple[int, dict[str, Any]]] = [(2, {}), (4, {}), (4, {"alpha": 0.5, "tau": 1})]
-    for fragments, changes in options:
-        loss, sizes = learned(fragments, **changes)
-        assert loss < 1.1 * whole + 0.02 * untrained, f"{fragments}: {loss} after {whole}"
+    """While the loss falls fast: at the end of a turn the other fragments are a part of it behind,
+    so they are no worse than whole rounds that stopped a turn earlier; alpha holds back more."""
+    earlier, _ = learned(1, 4)
+    before, all_bytes = learned(1, 5)
+    assert before < 0.5 * earlier
+    options: list[tuple[int, float, dict[str, Any]]] = [
+        (2, before, {}),
+        (4, before, {}),
+        (4, earlier, {"alpha": 0.5, "tau": 1}),
+    ]
+    for fragments, bound, changes in options:
+        loss, sizes = learned(fragments, 6, **changes)
+        assert loss <= bound, f"{fragments}: {loss} after {bound}"
         # The tiny layout's last unit is shorter, so a fragment may be a quarter off its share.
         assert max(sizes) <= 1.3 * max(all_bytes) / fragments
-        turn = sum(sizes[-fragments:])
-        assert turn == pytest.approx(np.mean(all_bytes), rel=0.15)
+        assert sum(sizes[-fragments:]) == pytest.approx(np.mean(all_bytes), rel=0.15)
 
 
 def test_adapters_take_turns_too() -> None:
