@@ -65,6 +65,7 @@ YES: Final = 0
 LATER: Final = 1
 HAVE: Final = 2
 NO: Final = 3
+ELSEWHERE: Final = 4
 
 ROUNDS_HELD_MORE: Final = 2  # beside those kept, rounds in the making
 RIVALS_MAX: Final = 4  # outcomes of one span: its aggregators, one after another
@@ -80,7 +81,8 @@ UNITS_FRAME_BYTES_MAX: Final = limits.UNIT_BYTES_MAX + FRAME_GOAL_BYTES
 
 
 class RefusedError(Exception):
-    """The far side will not take (LATER: not yet; NO: not at all) what we offered."""
+    """The far side will not take what we offered (LATER: not yet; NO: not at all; ELSEWHERE: others
+    might)."""
 
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(reason)
@@ -688,7 +690,7 @@ async def answer(stream: Stream) -> int:
     """YES or HAVE.
 
     Raises:
-        RefusedError: LATER or NO, with the far side's reason.
+        RefusedError: LATER, NO or ELSEWHERE, with the far side's reason.
     """
     frame = await stream.receive(REASON_BYTES_MAX)
     if frame is None or frame.kind != REPLY or not frame.payload:

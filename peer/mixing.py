@@ -18,6 +18,7 @@ from dht.directory import Directory
 from peer.debts import Debt, receive_debts, send_debt
 from peer.exchange import (
     BATCH_UNITS,
+    ELSEWHERE,
     HAVE,
     HEADER,
     LATER,
@@ -96,6 +97,8 @@ LENDING_MAX: Final = 4  # states shown at once: each is as much upload as a cont
 OWN_GROUP: Final = 1  # what is drawn may be our own group
 _LOAN_REPLY_BYTES_MAX: Final = 1 + limits.LOAN_BYTES_MAX + 1024
 _ROSTER_BYTES_MAX: Final = 64 * 2**10
+_STATUSES: Final[dict[Answer, int]] = {"paid": HAVE, "later": LATER, "elsewhere": ELSEWHERE}
+_REFUSALS: Final[dict[int, Answer]] = {LATER: "later", ELSEWHERE: "elsewhere"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -480,7 +483,7 @@ class Mixing:
         try:
             got = await self._push_debt(mix, debt, to)
         except RefusedError as error:
-            got = "later" if error.status == LATER else "refused"
+            got = _REFUSALS.get(error.status, "refused")
         except TransportError:
             pass
         except RemoteProtocolError as error:
@@ -523,17 +526,19 @@ class Mixing:
         (wanted,) = self.ask(DebtOffered(stream.peer, push.loan, loan, mask, inside, late))
         verdict = wanted.answer if isinstance(wanted, AnswerDebt) else "later"
         if verdict != "kept":
-            await refuse(stream, HAVE if verdict == "paid" else LATER, "")
+            await refuse(stream, _STATUSES.get(verdict, LATER), "")
             return
         await reply(stream, YES)
         debts = await receive_debts(
             stream, self._run, self._mixer.check, 1, self._host.exchange.compute
         )
         debt = debts.get(mix)
-        if debt is None or debt.mask != mask:
-            raise RemoteProtocolError(stream.peer, "pays another debt than it offered")
+        # A proof may speak of more units than are owed: of a history that gave way to another.
+        if debt is None or mask & ~debt.mask:
+            raise RemoteProtocolError(stream.peer, "pays less than it offered")
         left = mask & ~table.mask(mix, *where)
-        self.riding.keep(mix, loan, debt.payloads.items())
+        owed = ((u, d) for u, d in debt.payloads.items() if mask >> (u - loan.start) & 1)
+        self.riding.keep(mix, loan, owed)
         self.feed(DebtTaken(push.loan, loan, left))
         await reply(stream, YES)
 
@@ -563,7 +568,9 @@ class Mixing:
         owed = []
         for mix, debt in debts.items():
             self.riding.keep(mix, debt.loan, debt.payloads.items())
-            self._debts.setdefault(mix, debt)
+            # What we held may prove other units: of a history that has just given way to this one.
+            held = self._debts.setdefault(mix, debt)
+            held.proofs += [proof for proof in debt.proofs if proof not in held.proofs]
             inside = self._maybe(mix, debt.loan) & debt.mask
             owed.append(Owed(debt.signed, debt.loan, inside))
         return Aware(note.roster, tuple(owed), note.sure)

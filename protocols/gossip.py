@@ -116,8 +116,10 @@ class Carried:
     loan: Loan
     sign: int
     until: int
+    mask: int
+    """Units that we hold it for: all that were borrowed, or those that are owed us."""
     left: int
-    """Units that are not in the state yet, as a mask."""
+    """Those that are not in the state yet."""
 
 
 @dataclass(slots=True)
@@ -152,6 +154,9 @@ class _Debt:
     """Our turn to pay, among the group and members `ranked`: it is looked at all the time."""
     ranked: tuple[GroupName, tuple[PeerId, ...]] | None = None
     refused: set[PeerId] = field(default_factory=set)
+    """Since `contacts` were looked up."""
+    there: frozenset[PeerId] = frozenset()
+    """Who is in the group that lent, by the directory; nobody: we have not looked."""
 
 
 class GossipMachine:
@@ -363,7 +368,7 @@ class GossipMachine:
         self._rounds_here = 0
         self._restart(event.round)
         for mix, carried in self.carried.items():
-            carried.left = carried.loan.whole & ~event.inside.get(mix, 0)
+            carried.left = carried.mask & ~event.inside.get(mix, 0)
         for mix, debt in list(self._debts.items()):
             debt.mask &= event.inside.get(mix, 0)
             debt.round, debt.payable_s = event.round, math.inf
@@ -377,7 +382,12 @@ class GossipMachine:
         # What the group owes for rounds that we never saw, somebody must tell us.
         self._unaware, self._asked = event.round > 0, set()
         self._unsure.clear()
-        return effects + (self._told(None, event.aware) if event.aware is not None else [])
+        effects += self._told(None, event.aware) if event.aware is not None else []
+        # What we had of another history may be owed all the same, for other units.
+        return [e for e in effects if not isinstance(e, Forget) or not self._needs(e.mix)]
+
+    def _needs(self, mix: MixId) -> bool:
+        return mix in self._debts or mix in self.carried
 
     def _restart(self, number: int) -> None:
         """Nothing that our state has at this round is firm yet."""
@@ -417,7 +427,7 @@ class GossipMachine:
                 continue
             ours = loan.borrower == self.group and loan.run == self.config.run
             if not owed.inside or not ours or len(self._debts) >= limits.CARRIED_MIXES_MAX:
-                effects.append(Forget(mix))
+                effects += [] if self._needs(mix) else [Forget(mix)]
                 continue
             self._debts[mix] = _debt(owed.signed, loan, owed.inside, self.round)
             self._debts[mix].learned = True
@@ -502,7 +512,9 @@ class GossipMachine:
         full = len(self.carried) >= limits.CARRIED_MIXES_MAX
         if attempt is None or loan.borrower != self.group or mix in self.carried or full:
             return [Forget(mix), MixDropped(mix, loan, "it came too late")]
-        self.carried[mix] = Carried(signed, loan, 1, self._until(loan, self.group), loan.whole)
+        self.carried[mix] = Carried(
+            signed, loan, 1, self._until(loan, self.group), loan.whole, loan.whole
+        )
         return []
 
     # ── lending ──────────────────────────────────────────────────────────────────────────
@@ -546,10 +558,13 @@ class GossipMachine:
     def _debt_offered(self, event: DebtOffered) -> list[GossipEffect]:
         """Whether to take -d, for units that are not in our state yet."""
         loan, mix = event.loan, mix_id(event.signed.body)
-        if loan.run != self.config.run or loan.lender != self.group:
-            raise RemoteProtocolError(event.sender, f"pays group {loan.lender}, ours is another")
+        if loan.run != self.config.run:
+            raise RemoteProtocolError(event.sender, "pays a debt of another run")
         if loan.stop > self.config.units:
             raise RemoteProtocolError(event.sender, "pays for units that there are not")
+        if loan.lender != self.group:
+            # Who has just come back from disk has done no round yet, and so is in no group.
+            return [AnswerDebt("elsewhere" if self.group else "later")]
         lender = event.signed.signer
         if lender != self.me and lender not in self._roster_ever:
             if self._unaware:
@@ -573,7 +588,7 @@ class GossipMachine:
         mix = mix_id(signed.body)
         if loan.lender != self.group or len(self.carried) >= limits.CARRIED_MIXES_MAX:
             return [Forget(mix)]
-        self.carried[mix] = Carried(signed, loan, -1, self._until(loan, self.group), left)
+        self.carried[mix] = Carried(signed, loan, -1, self._until(loan, self.group), left, left)
         return []
 
     # ── paying ───────────────────────────────────────────────────────────────────────────
@@ -612,6 +627,7 @@ class GossipMachine:
             found = {c.peer: c for c in (*contacts, *debt.loan.contacts)}
             debt.contacts = list(found.values())[: limits.GROUP_MEMBERS_MAX]
             debt.tried, debt.next_s = 0, -math.inf
+            debt.there, debt.refused = frozenset(c.peer for c in contacts), set()
         return []
 
     def _debt_answered(self, event: DebtAnswered, now_s: float) -> list[GossipEffect]:
@@ -626,7 +642,8 @@ class GossipMachine:
             return []
         if event.answer == "refused":
             debt.refused.add(event.peer)
-            if debt.refused >= {contact.peer for contact in debt.contacts}:
+            # The loan's few contacts may know less than others, or have come back just now.
+            if debt.there and debt.refused >= debt.there:
                 return self._close(event.mix, debt, "the other group refuses it")
         debt.tried += 1
         debt.failures += 1

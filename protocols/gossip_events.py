@@ -12,9 +12,9 @@ from protocols.messages import DebtClosed, LoanQuery
 from protocols.records import Signed
 from protocols.types import GroupName, PeerId
 
-Answer = Literal["paid", "kept", "later", "refused", "unreachable"]
+Answer = Literal["paid", "kept", "later", "refused", "elsewhere", "unreachable"]
 """To a debt: all of it is in the group's state; it is held and waits for an average; not now; not
-ever (this peer never lent for it, or it is too old); nobody there."""
+ever (the group never lent for it, or it is too old); we are in another; nobody there."""
 
 
 # ── events: facts ────────────────────────────────────────────────────────────────────────

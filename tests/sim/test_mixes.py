@@ -142,3 +142,10 @@ def test_another_d_on_the_other_side_is_found(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(Riding, "attach", skewed)
     assert "mass is conserved" in promises(simulate(two_towns()))
+
+
+def test_a_lender_that_restarts_as_it_is_to_be_paid_is_paid_later() -> None:
+    """It is a group by itself, and nobody else's word stands for it meanwhile."""
+    record = simulate(draw(7058))
+    assert not record.violations, to_text(record)
+    assert record.mixes.both
