@@ -103,6 +103,7 @@ class _OpenSpan:
     """What has come in for a span: sender -> unit -> coded bytes."""
 
     opened_s: float
+    units: int
     weights: dict[PeerId, float] = field(default_factory=dict)
     blocks: dict[PeerId, BlockReport] = field(default_factory=dict)
     parts: dict[PeerId, dict[int, bytes]] = field(default_factory=dict)
@@ -270,6 +271,7 @@ class Exchange:
         loans = self._loans(plan.round, span.start, span.stop)
         if self.riding is not None:
             self.riding.admit_own(loans, plan.round)
+        self._begin(state, me, contribution.weight, self._own_blocks)
         for start in range(span.start, span.stop, BATCH_UNITS):
             if state.closed:
                 return False
@@ -311,6 +313,7 @@ class Exchange:
             await stream.receive(0)
             await reply(stream, YES)
             return True
+        self._begin(state, stream.peer, header.weight, header.blocks)
         batch: list[tuple[int, bytes]] = []
         done = False
         while not done:
@@ -350,15 +353,30 @@ class Exchange:
         if fault is not None:
             raise RemoteProtocolError(sender, f"unit {fault[0]}: {fault[1]}")
 
+    def _begin(self, state: _OpenSpan, sender: PeerId, weight: float, blocks: BlockReport) -> None:
+        """A contribution, or the same once more, is about to come.
+
+        Who began anew in the middle of the round has made another, of other work. Units of both
+        are no contribution at all: what is kept of the earlier one is given up, or stays if it is
+        whole, and then this one gets inside a later round.
+        """
+        if state.closed or (state.weights.get(sender), state.blocks.get(sender)) == (
+            weight,
+            blocks,
+        ):
+            return
+        if len(state.parts.get(sender, ())) == state.units:
+            return
+        state.weights[sender], state.blocks[sender] = weight, blocks
+        state.parts.pop(sender, None)
+
     def _keep(
         self, state: _OpenSpan, sender: PeerId, weight: float, blocks: BlockReport,
         batch: Iterable[tuple[int, bytes]],
     ) -> None:  # fmt: skip
-        """What is kept already, from an earlier try, stays; so does the weight it came with."""
-        if state.closed:
-            return
-        state.weights.setdefault(sender, weight)
-        state.blocks.setdefault(sender, blocks)
+        """What is kept already, from an earlier try, stays."""
+        if state.closed or (state.weights[sender], state.blocks[sender]) != (weight, blocks):
+            return  # it has begun another contribution since
         kept = state.parts.setdefault(sender, {})
         for unit, payload in batch:
             kept.setdefault(unit, payload)
@@ -366,7 +384,7 @@ class Exchange:
     def _span(self, number: int, start: int, stop: int) -> _OpenSpan:
         key = (number, start, stop)
         if key not in self._spans:
-            self._spans[key] = _OpenSpan(self._clock.monotonic())
+            self._spans[key] = _OpenSpan(self._clock.monotonic(), stop - start)
         return self._spans[key]
 
     # ── outcomes ─────────────────────────────────────────────────────────────────────────
@@ -588,18 +606,21 @@ class Exchange:
             await stream.close()
 
 
-def included_units(outcomes: list[Outcome], me: PeerId) -> npt.NDArray[np.bool_]:
-    """For every unit whether `me`'s contribution is inside its mean."""
+def included_units(
+    outcomes: list[Outcome], peer: PeerId, only: tuple[float, BlockReport] | None = None
+) -> npt.NDArray[np.bool_]:
+    """For every unit whether `peer`'s contribution is inside its mean; `only` if it came with that
+    weight and that report."""
     parts: list[npt.NDArray[np.bool_]] = []
     for outcome in outcomes:
         size = outcome.header.stop - outcome.header.start
-        mine = next((c for c in outcome.header.contributors if c.peer == me), None)
-        if mine is None:
+        theirs = next((c for c in outcome.header.contributors if c.peer == peer), None)
+        if theirs is None or (only is not None and (theirs.weight, theirs.blocks) != only):
             parts.append(np.zeros(size, np.bool_))
-        elif not mine.mask:
+        elif not theirs.mask:
             parts.append(np.ones(size, np.bool_))
         else:
-            bits = np.unpackbits(np.frombuffer(mine.mask, np.uint8), bitorder="little")
+            bits = np.unpackbits(np.frombuffer(theirs.mask, np.uint8), bitorder="little")
             parts.append(bits[:size].astype(np.bool_))
     return np.concatenate(parts) if parts else np.zeros(0, np.bool_)
 

@@ -22,8 +22,9 @@ import torch
 from peer.checkpoint import CheckpointStore, SavedInfo
 from peer.driver import AppliedFacts, Taken
 from peer.errors import StorageError
-from peer.exchange import Outcome, included_units
+from peer.exchange import Outcome
 from peer.observe import events as ev
+from peer.own_work import OwnWork
 from peer.train.dylu import Speeds
 from peer.train.method import ArrayMap, DataSource, Method
 from peer.train.mixtable import MixTable
@@ -130,6 +131,7 @@ class TrainerLearner:
         self._life = Stats()
         self._local_steps = local_steps
         self._speeds = Speeds()
+        self._own_work = OwnWork()
         self._tokens: deque[tuple[int, int]] = deque(maxlen=TOKENS_KEPT)
         """(round, tokens learned for it): what a history of our own weighs."""
 
@@ -281,14 +283,14 @@ class TrainerLearner:
             waited_s=life.waited_s + s.waited_s,
         )
         self._tokens.append((number, s.tokens))
+        self._own_work.froze(number, float(harvest.contribution.weight), harvest.report)
         return Taken(harvest.contribution, s.loss, s.steps, harvest.blocks, harvest.report)
 
     async def apply(
         self, number: int, outcomes: list[Outcome], plan: Plan | None
     ) -> AppliedFacts | None:
         units = [payload for outcome in outcomes for payload in outcome.units]
-        mine = included_units(outcomes, self._me)
-
+        mine = self._own_work.inside(number, outcomes, self._me)
         entries = entries_of(outcome.header for outcome in outcomes)
 
         def step(method: Method) -> tuple[Digest, Counted | None] | None:
@@ -368,6 +370,7 @@ class TrainerLearner:
 
         if not await self._trainer.run(replace):
             return False
+        self._own_work.forget()
         if parted is not None and learned > 0:
             self._emit(ev.Reconciled(state.round, parted, float(learned)))
         await self.save(replace=True)

@@ -385,6 +385,7 @@ class GroupMachine:
         if here.current is not None and here.current.number == number:
             here.due_s = here.current.due_s
             here.pace.measured(now_s - here.due_s)
+            here.current.over()
             here.previous, here.current = here.current, None
         self._moved_to(number + 1, digest, now_s)
         return self._company.beat(now_s)

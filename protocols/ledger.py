@@ -510,18 +510,23 @@ def _added(batches: list[Batch], number: int, told: Ranges) -> list[Batch]:
 
 
 def entries_of(headers: Iterable[OutcomeHeader]) -> list[Entry]:
-    """The contributors of a round, by the proofs of all its spans."""
-    found: dict[PeerId, Entry] = {}
+    """The contributors of a round, by the proofs of all its spans.
+
+    Who began anew in the middle of a round may have two contributions inside, each in some spans,
+    which hold the work on different blocks. They do not add up to one: that in more units counts
+    (the first of two in equally many), and the other is as if it had not come.
+    """
+    found: dict[PeerId, dict[tuple[float, BlockReport], int]] = {}
     for header in headers:
         for c in header.contributors:
-            cover = cover_of(header.start, header.stop, c.mask)
-            before = found.get(c.peer)
-            found[c.peer] = (
-                Entry(c.peer, c.blocks, cover)
-                if before is None
-                else Entry(c.peer, before.report, before.cover | cover)
-            )
-    return list(found.values())
+            covers = found.setdefault(c.peer, {})
+            what = c.weight, c.blocks
+            covers[what] = covers.get(what, 0) | cover_of(header.start, header.stop, c.mask)
+    entries = []
+    for peer, covers in found.items():
+        most = max(covers, key=lambda what: covers[what].bit_count())
+        entries.append(Entry(peer, most[1], covers[most]))
+    return entries
 
 
 def cover_of(start: int, stop: int, mask: bytes) -> int:

@@ -83,6 +83,7 @@ class Round:
         self.taking = False
         self.weight: float | None = None
         self.applying = False
+        self._over = False
         self._quorum = quorum
         self._arrivals = arrivals
         self._latest_end_s = self.end_s + 2 * plan.exchange_ms / 1000
@@ -100,25 +101,30 @@ class Round:
     @property
     def training(self) -> bool:
         """The contribution is not due yet: members may still join."""
-        return not self.taking and self.weight is None and not self.applying
+        return not (self.taking or self.applying or self._over) and self.weight is None
+
+    def over(self) -> None:
+        """It is in the state, by whatever way: from now on it only hands its outcomes on.
+
+        Who caught up with it may have been training for it still. What it took now would be of the
+        next round's work, and nobody could tell which of the two contributions is inside.
+        """
+        self._over = True
 
     def missing(self) -> list[int]:
         return [i for i, span in enumerate(self._spans) if span.outcome is None]
 
     def deadline_s(self, suspected: set[PeerId]) -> float:
         """When `tick` next has something to do."""
-        times = [math.inf]
+        if self._over:
+            return self._next_push_s(suspected)
+        times = [self._next_push_s(suspected)]
         if self.training and self.me in self.plan.peers:
             times.append(self.due_s)
         if not self.applying and self.missing():
             times.append(self._fetch.at_s)
         for i, span in enumerate(self._spans):
             if span.outcome is not None:
-                times += [
-                    t.at_s
-                    for p, t in span.pushes.items()
-                    if p not in suspected and t.count < TRIES_MAX
-                ]
                 continue
             mine = self.plan.spans[i].aggregator == self.me
             if mine and not span.closing:
@@ -127,8 +133,22 @@ class Round:
                 times.append(span.own.at_s)
         return min(times)
 
+    def _next_push_s(self, suspected: set[PeerId]) -> float:
+        held = (span for span in self._spans if span.outcome is not None)
+        return min(
+            (
+                attempt.at_s
+                for span in held
+                for peer, attempt in span.pushes.items()
+                if peer not in suspected and attempt.count < TRIES_MAX
+            ),
+            default=math.inf,
+        )
+
     # ── time ─────────────────────────────────────────────────────────────────────────────
     def tick(self, now_s: float, suspected: set[PeerId]) -> list[Effect]:
+        if self._over:
+            return self._push(now_s, suspected)
         effects: list[Effect] = []
         if self.training and now_s >= self.due_s and self.me in self.plan.peers:
             self.taking = True

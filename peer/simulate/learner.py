@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from peer.driver import AppliedFacts, Taken
-from peer.exchange import BYTES, UNITS, Outcome, included_units
+from peer.exchange import BYTES, UNITS, Outcome
+from peer.own_work import OwnWork
 from peer.simulate.books import (
     LENT,
     NEAR,
@@ -38,6 +39,7 @@ from peer.train.mixing import Difference
 from peer.train.mixtable import MixTable
 from peer.train.shared import SharedStream
 from peer.transfer import Snapshot, TensorNote, describe
+from protocols.blocks import NO_BLOCKS
 from protocols.fragments import Fragments
 from protocols.ledger import Counted, Ledger, entries_of
 from protocols.messages import Plan
@@ -262,6 +264,7 @@ class SimLearner:
         if stream is not None and disk.ledger:
             stream.adopt(disk.ledger)
         self._open: list[Work] = []
+        self._own_work = OwnWork()
         self._frozen: set[int] = set()
         """Works that are in the last contribution."""
         self._taken_s = 0.0
@@ -324,12 +327,15 @@ class SimLearner:
         self._frozen = {work.number for work in self._open}
         steps = int(seconds / self.load_.step_s)
         if self.stream is None:
+            self._own_work.froze(number, contribution.weight, NO_BLOCKS)
             return Taken(contribution, 0.0, steps, [])
         self.stream.heard_goodbye(self.departed())
         blocks = self.stream.drain_used()
         if contribution.weight <= 0:
             self.stream.drop()
-        return Taken(contribution, 0.0, steps, blocks, self.stream.report(number))
+        report = self.stream.report(number)
+        self._own_work.froze(number, contribution.weight, report)
+        return Taken(contribution, 0.0, steps, blocks, report)
 
     def _contribution(self, exchanged: range) -> SimContribution:
         units = self._books.units
@@ -361,7 +367,7 @@ class SimLearner:
         after = self._books.after(before, outcomes)
         self._applied(number, outcomes, plan, before, after)
         self._stand_at(after)
-        mine_U = included_units(outcomes, self._me)
+        mine_U = self._own_work.inside(number, outcomes, self._me)
         turn = self._fragments.of(number)
         for work in self._open:
             if work.number in self._frozen:
@@ -440,6 +446,7 @@ class SimLearner:
             self._used.clear()
         self._open.clear()
         self._frozen.clear()
+        self._own_work.forget()
         self._taken_s = self.ticker.trained_s
         return True
 

@@ -9,9 +9,15 @@ import pytest
 from protocols import limits
 from protocols.blocks import BlockRange, BlockReport
 from protocols.errors import RemoteProtocolError
-from protocols.ledger import Entry, Ledger, cover_of
+from protocols.ledger import Entry, Ledger, cover_of, entries_of
 from protocols.ledger_state import pack_ledger, unpack_ledger
-from protocols.messages import ContributionHeader, decode_header, encode
+from protocols.messages import (
+    ContributionHeader,
+    Contributor,
+    OutcomeHeader,
+    decode_header,
+    encode,
+)
 from protocols.ranges import Ranges
 from protocols.schema import SchemaError
 from protocols.sharding import Shares, block_of
@@ -263,6 +269,33 @@ def test_masks_become_bits_of_the_whole_layout() -> None:
     assert cover_of(2, 5, b"") == 0b11100
     assert cover_of(2, 5, b"\x05") == 0b10100
     assert cover_of(2, 5, b"\xff") == 0b11100
+
+
+def header(start: int, stop: int, contributor: Contributor) -> OutcomeHeader:
+    return OutcomeHeader(
+        RUN, GroupName("g"), 7, 3, start, start, stop, (contributor,), bytes(32), 1, 0.1, b""
+    )
+
+
+def test_a_contributors_spans_add_up() -> None:
+    told = entry("a", trained=[(0, 4)]).report
+    halves = [header(0, 2, Contributor(PeerId("a"), 2.0, b"", told)),
+              header(2, 4, Contributor(PeerId("a"), 2.0, b"\x02", told))]  # fmt: skip
+    assert entries_of(halves) == [Entry(PeerId("a"), told, 0b1011)]
+
+
+def test_two_contributions_of_who_began_anew_do_not_add_up_to_one() -> None:
+    """Each holds the work on its own blocks, and only in its own units."""
+    before, after = (entry("a", trained=[r]).report for r in ((0, 4), (2, 3)))
+    first = header(0, 2, Contributor(PeerId("a"), 5.0, b"", before))
+    second = header(2, 4, Contributor(PeerId("a"), 4.0, b"\x01", after))
+    for order in ([first, second], [second, first]):
+        assert entries_of(order) == [Entry(PeerId("a"), before, 0b0011)]
+        book = ledger()
+        assert book.apply(7, entries_of(order)).trained == {}
+        # Now it speaks of what it did since, and the block that both did is in all units.
+        assert book.apply(8, [Entry(PeerId("a"), after, 0b1100)]).trained == {"a": ((2, 3),)}
+        assert book.fault() == ""
 
 
 def test_a_report_beyond_its_bounds_is_the_senders_fault() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 from typing import Any
 
@@ -350,6 +351,30 @@ def test_a_round_is_applied_once_and_only_when_every_span_is_held() -> None:
         member.hold(*held[0], TRAIN_S + 2)
         assert member.complete() == []
         assert of(ApplyRound, member.tick(END_S + 1, NOBODY)) == []
+
+
+def test_who_caught_up_with_a_round_takes_nothing_for_it_any_more() -> None:
+    """It would be work of the next round, and pass for what that round has inside."""
+    plan = plan_of()
+    aggregator, _, _ = roles(plan)
+    member = start(aggregator, plan)
+    member.over()
+    assert not member.training
+    assert member.deadline_s(NOBODY) == math.inf
+    for now_s in (TRAIN_S, COLLECT_S, END_S, 10 * END_S):
+        assert member.tick(now_s, NOBODY) == []
+
+
+def test_what_a_member_holds_it_hands_on_when_the_round_is_over() -> None:
+    plan = plan_of()
+    aggregator, _, _ = roles(plan)
+    member = frozen(aggregator, plan)
+    member.hold(*outcome(plan, 0, aggregator), TRAIN_S + 1)
+    member.over()
+    assert member.deadline_s(NOBODY) == TRAIN_S + 1
+    effects = member.tick(TRAIN_S + 1, NOBODY)
+    assert {e.to for e in of(PushOutcome, effects)} == set(plan.peers) - {aggregator}
+    assert len(of(PushOutcome, effects)) == len(effects)
 
 
 @pytest.mark.parametrize("changes", [{"span": 5}, {"start": 1}, {"stop": 20}])

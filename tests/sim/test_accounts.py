@@ -85,3 +85,14 @@ def test_members_with_different_ledgers_are_found(monkeypatch: pytest.MonkeyPatc
     record = simulate(two_towns(1.5, blocks=64))
     assert promises(record) == {"the ledger adds up"}
     assert any("another ledger" in violation.what for violation in record.violations)
+
+
+@pytest.mark.parametrize(
+    "seed",
+    [
+        7045,  # a peer catches up with a round that it is still training for
+        7071,  # two lives of a peer contribute to one round, each to some of its spans
+    ],
+)
+def test_work_that_counts_is_inside_in_every_unit(seed: int) -> None:
+    assert promises(simulate(draw(seed))) == set()

@@ -14,6 +14,7 @@ import pytest
 
 from peer.exchange import Outcome
 from peer.observe import events as ev
+from peer.own_work import OwnWork
 from peer.simulate.links import Line, Path, PathSpec, goodput_bps
 from peer.simulate.loop import StandstillError, VirtualLoop
 from peer.simulate.nodes import Node
@@ -181,9 +182,7 @@ def test_a_scenario_is_a_pure_function_of_its_seed() -> None:
 # ── the judge ────────────────────────────────────────────────────────────────────────────
 def test_work_that_is_applied_twice_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """A learner that forgets what got inside sends the same work again."""
-    from peer.simulate import learner
-
-    monkeypatch.setattr(learner, "included_units", lambda outcomes, _: np.zeros(16, np.bool_))
+    monkeypatch.setattr(OwnWork, "inside", lambda *_: np.zeros(16, np.bool_))
     record = simulate(village(2, 0.7))
     assert {v.promise for v in record.violations} >= {"nothing is applied twice"}
     assert "--seed" in to_text(record)
