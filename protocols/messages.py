@@ -96,7 +96,7 @@ class Contributor:
     mask: Annotated[bytes, Max(limits.SPAN_MASK_BYTES_MAX)]
     """Bit i (least significant first) = unit start+i is inside; empty = all of them."""
     blocks: BlockReport = NO_BLOCKS
-    """What it said of its blocks, the same in all spans."""
+    """What it said of its blocks, the same in all spans that hold this contribution."""
 
     def covers(self, offset: int) -> bool:
         return not self.mask or bool(self.mask[offset // 8] >> (offset % 8) & 1)
