@@ -12,6 +12,7 @@ import asyncio
 import math
 from collections import deque
 from collections.abc import Callable, Coroutine
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -544,7 +545,8 @@ class Driver:
         self._applying += 1
         self._settled.clear()
         try:
-            await self._apply_held(effect)
+            with self.mixing.changing() if self.mixing is not None else nullcontext():
+                await self._apply_held(effect)
         finally:
             self._applying -= 1
             if not self._applying:
@@ -595,14 +597,15 @@ class Driver:
             self.refused(error)
             self.feed(StateFailed(donor, error.reason))
             return
-        if not await self.learner.load(state, effect.step_back, effect.parted):
-            self.feed(StateFailed(donor, "its state is older than ours, or not what it says"))
-            return
-        self.emit(
-            ev.StateReceived(donor, state.round, state.bytes, self.clock.monotonic() - begun_s)
-        )
-        if self.mixing is not None:
-            await self.mixing.state_replaced(donor)
+        with self.mixing.changing() if self.mixing is not None else nullcontext():
+            if not await self.learner.load(state, effect.step_back, effect.parted):
+                self.feed(StateFailed(donor, "its state is older than ours, or not what it says"))
+                return
+            self.emit(
+                ev.StateReceived(donor, state.round, state.bytes, self.clock.monotonic() - begun_s)
+            )
+            if self.mixing is not None:
+                await self.mixing.state_replaced(donor)
         self.feed(StateReady(state.round, state.digest))
 
     # ── streams that others open ─────────────────────────────────────────────────────────

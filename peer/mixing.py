@@ -7,7 +7,8 @@ what takes time is a task whose end is another event, and one liar ends its own 
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Final, Protocol
 
@@ -173,6 +174,8 @@ class Mixing:
         self._hints: dict[int, tuple[float, ...]] = {}
         """A slot's first unit -> how far apart the two groups of its last mix were."""
         self._lending = 0
+        self._ahead = 0
+        """Changes of the state under way that the machine has not heard of."""
 
     # ── the machine ──────────────────────────────────────────────────────────────────────
     @property
@@ -245,6 +248,19 @@ class Mixing:
             RemoteProtocolError: of another run.
         """
         self.ask(ClosedHeard(sender, message))
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """While the state becomes another, until the machine is told: what is in it is no fact yet.
+
+        The table is ahead of the machine then, which would take a mix that has just got in for one
+        that most of the group have had for long.
+        """
+        self._ahead += 1
+        try:
+            yield
+        finally:
+            self._ahead -= 1
 
     # ── rounds ───────────────────────────────────────────────────────────────────────────
     def round_done(self, outcomes: Sequence[Outcome], firm: bool) -> None:
@@ -520,6 +536,9 @@ class Mixing:
             raise RemoteProtocolError(stream.peer, "pays for units that were not lent")
         if loan.stop > self.machine.config.units:
             raise RemoteProtocolError(stream.peer, "pays for units that there are not")
+        if self._ahead:
+            await refuse(stream, LATER, "busy with a round or a state")
+            return
         table, until = self._learner.mix_table, self._until(loan, loan.lender)
         where = (loan.start, loan.stop)
         inside, late = table.mask(mix, *where), table.forgotten(until, -1, *where)

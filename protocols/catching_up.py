@@ -131,9 +131,7 @@ class CatchingUp:
         gap = ahead[0].round - here.round
         if gap > here.config.rounds_kept or self._tries >= FETCH_TRIES_MAX:
             self._tries = 0
-            if not here.outnumbered(here.members.live(here.group, now_s)):
-                return []  # they are fewer than we: it is they who must come back
-            return self._healing.fetch_state(ahead, now_s)
+            return self._healing.fetch_state(self._healing.overtaken_by(now_s), now_s)
         if self._fetch is not None and now_s < self._fetch.until_s:
             return []
         source = ahead[self._tries % len(ahead)].record.peer

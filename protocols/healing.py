@@ -87,6 +87,33 @@ class Healing:
         donors = [n for n in others if (n.round, n.digest) == best]
         return self.fetch_state(donors, now_s, step_back=True)
 
+    def overtaken_by(self, now_s: float) -> list[Neighbour]:
+        """Those with more rounds whose state should take the place of ours, the best first.
+
+        Fellows of our history come before all others. Those of another have to be as many as we
+        are, or it is they who must come back; and we are not alone where our fellows have yet to
+        apply the round that we have just applied.
+        """
+        here = self._here
+        outlook = here.outlook(now_s)
+        fellows = {n.record.peer for n in outlook.live if self._fellow(n)}
+        ours = [n for n in outlook.ahead if n.record.peer in fellows]
+        if ours:
+            return ours
+        if here.round and len(outlook.ahead) < 1 + len(fellows):
+            return []
+        camps = Tally((n.round, n.digest) for n in outlook.ahead)
+        return sorted(outlook.ahead, key=lambda n: (-camps[n.round, n.digest], -n.round))
+
+    def _fellow(self, neighbour: Neighbour) -> bool:
+        """Whether its state was ours a round ago, and is ours or a round's way from it."""
+        here = self._here
+        if not neighbour.ready or neighbour.round < here.round - 1:
+            return False
+        if neighbour.round == here.round:
+            return neighbour.digest == here.digest
+        return neighbour.agreed >= max(0, here.round - 1)
+
     def donors(self, now_s: float) -> list[Neighbour]:
         """Peers with the run's state: our group's first, then those with most history.
 

@@ -196,3 +196,19 @@ async def test_who_has_moved_away_refuses_no_debt_for_its_old_group() -> None:
     await me.mixing._pay(MIX, LOAN.contacts[0])
     await settle(west, me)
     assert me.mixing.machine.debts == {MIX: LOAN.whole}
+
+
+async def test_what_has_just_got_into_the_state_is_not_said_to_be_there_for_good() -> None:
+    """The table has it before the machine hears of the round, or of the donor's state."""
+    peers: dict[PeerId, Peer] = {}
+    west, me = lender(peers), Peer(0, EAST, peers)
+    me.know(2, 4, epoch=1)
+    with west.mixing.changing():
+        for unit in (2, 3):
+            west.mix_table.add(unit, MIX, LOAN.until(WEST, 1), -1)
+        await me.mixing._pay(MIX, LOAN.contacts[0])
+    await settle(west, me)
+    assert me.mixing.machine.debts == {MIX: LOAN.whole}
+    await me.mixing._pay(MIX, LOAN.contacts[0])
+    await settle(west, me)
+    assert not me.mixing.machine.debts

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from protocols.events import Agreed, FetchState, PlanAdopted
+from protocols.membership import Neighbour
+from protocols.types import Digest
 from tests.protocols.test_group import check_invariants, gets_in_step, reach, rounds
 from tests.sim.world import Peer, World
 
@@ -79,3 +81,28 @@ def test_a_newcomer_in_the_middle_of_a_round_gets_the_state_of_the_epoch_in_prog
     plans = [e.plan for _, e in late.told if isinstance(e, PlanAdopted)]
     assert late.id in plans[-1].peers
     check_invariants(world)
+
+
+def test_the_larger_part_does_not_give_way_to_a_smaller_one_that_did_more_rounds() -> None:
+    """Just after a round it seems to stand alone: its fellows have yet to apply that round."""
+    world = World(3)
+    peers = [world.add(i) for i in range(5)]
+    assert world.run_until(lambda: min(rounds(p) for p in peers) >= 3, 60.0)
+    assert world.run_until(lambda: len({p.history for p in peers}) == 1, 20.0)
+    machine = peers[0].machine
+    here = machine._here
+    first, second, *few = here.members.live(here.group, world.now_s)
+    for fellow in (first, second):
+        fellow.round, fellow.agreed = here.round - 1, here.round - 1
+    for far in few:
+        far.round, far.agreed, far.digest = here.round + 1, 1, Digest(b"other".ljust(32))
+
+    def taken() -> list[Neighbour]:
+        here.members.version += 1
+        return machine._healing.overtaken_by(world.now_s)
+
+    assert not taken()
+    first.round, first.agreed = here.round + 1, here.round
+    assert taken() == [first], "the fellow that went on, and none of the others"
+    first.round = second.round = here.round - 2
+    assert {n.record.peer for n in taken()} == {n.record.peer for n in few}

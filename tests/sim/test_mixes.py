@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from peer.simulate.mixes import MASS
 from peer.simulate.planning import plan
 from peer.simulate.report import to_json, to_text
 from peer.simulate.scenario import Fault, Kind, Scenario, draw
@@ -142,6 +143,13 @@ def test_another_d_on_the_other_side_is_found(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(Riding, "attach", skewed)
     assert "mass is conserved" in promises(simulate(two_towns()))
+
+
+@pytest.mark.parametrize(("seed", "peers"), [(60278, 7), (60314, 8), (60565, 4)])
+def test_what_most_of_a_group_mixed_in_a_partition_stays(seed: int, peers: int) -> None:
+    """The smaller part did more rounds meanwhile, and it is that one which comes back."""
+    record = simulate(draw(seed, peers=peers))
+    assert not [v for v in record.violations if v.promise == MASS], to_text(record)
 
 
 def test_a_lender_that_restarts_as_it_is_to_be_paid_is_paid_later() -> None:
