@@ -3,8 +3,9 @@
 It sees each mix in the outcomes that carry it and in every state that was ever reached, so it knows
 what no peer can: whether the lender took away what the borrower added, unit by unit. A mix whose
 other side is still owed by somebody who lives is on its way. What the product does not promise is
-counted apart and not blamed: a debt that died with everybody who knew of it, and a group that is
-no more.
+counted apart and not blamed: a debt that died with everybody who knew of it, whatever its lender
+did later, and a group that is no more, or lives on by name only: all who had its state died, and
+who came back began with another's.
 """
 
 from __future__ import annotations
@@ -82,6 +83,8 @@ class MixJudge:
         self._blame = blame
         self._facts: dict[MixId, _Fact] = {}
         self._names: dict[str, MixId] = {}
+        self._void_s: dict[GroupName, float] = {}
+        """When nobody had a state of that group, as last seen."""
 
     # ── what happens ─────────────────────────────────────────────────────────────────────
     def told(self, event: ev.Event) -> None:
@@ -157,6 +160,10 @@ class MixJudge:
         """Now and then: who still knows of which debt."""
         knowing: dict[MixId, set[tuple[int, int]]] = {}
         lives: set[tuple[int, int]] = set()
+        known = {f.loan.borrower for f in self._facts.values()}
+        known |= {f.loan.lender for f in self._facts.values()}
+        alive = {n.group.group for n in self._world.nodes if n.group is not None and n.group.ready}
+        self._void_s |= dict.fromkeys(known - alive, self._world.now_s)
         for node in self._world.nodes:
             mixing = node.driver.mixing if node.driver is not None else None
             if mixing is None:
@@ -212,6 +219,8 @@ class MixJudge:
             return "gone"
         plus, minus = (_mask(mix, side) for side in sides)
         if minus & ~plus:
+            if self._ended(loan.borrower, fact):
+                return "gone"
             self._one_sided(mix, fact, minus & ~plus, "the borrower lost its side")
             return "torn"
         rest = plus & ~minus
@@ -220,16 +229,22 @@ class MixJudge:
         rest &= ~owed.get(mix, 0)
         if not rest or self._world.now_s - fact.added_s < TOLD_S:
             return "pending"
+        if not fact.kept:
+            return "orphaned"  # the lender's part that had -d gave way, and nobody can pay again
         if rest & fact.minus:
+            if self._ended(loan.lender, fact):
+                return "gone"
             self._one_sided(mix, fact, rest & fact.minus, "the lender lost its side")
             return "torn"
         if fact.lost:
             self._one_sided(mix, fact, rest, fact.lost)
             return "lost"
-        if not fact.kept:
-            return "orphaned"
         self._one_sided(mix, fact, rest, "nobody owes the other side")
         return "lost"
+
+    def _ended(self, group: GroupName, fact: _Fact) -> bool:
+        """Whether nobody had a state of the group at some moment since it had its side."""
+        return self._void_s.get(group, -1.0) >= fact.added_s
 
     def _one_sided(self, mix: MixId, fact: _Fact, units: int, why: str) -> None:
         if not fact.forged:

@@ -152,6 +152,14 @@ def test_what_most_of_a_group_mixed_in_a_partition_stays(seed: int, peers: int) 
     assert not [v for v in record.violations if v.promise == MASS], to_text(record)
 
 
+@pytest.mark.parametrize(("seed", "peers", "fate"), [(62181, 5, "orphaned"), (62232, 6, "gone")])
+def test_what_no_peer_can_mend_is_counted_apart(seed: int, peers: int, fate: str) -> None:
+    """All who knew of the debt died, or all who had the state."""
+    record = simulate(draw(seed, peers=peers))
+    assert not [v for v in record.violations if v.promise == MASS], to_text(record)
+    assert getattr(record.mixes, fate)
+
+
 def test_a_lender_that_restarts_as_it_is_to_be_paid_is_paid_later() -> None:
     """It is a group by itself, and nobody else's word stands for it meanwhile."""
     record = simulate(draw(7058))
