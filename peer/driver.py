@@ -207,6 +207,7 @@ class Driver:
         self._serving_state = asyncio.Semaphore(2)
         self._due: dict[int, tuple[float, Plan]] = {}
         self._sent: dict[int, Taken] = {}
+        self._taking: set[int] = set()
         self._sending: dict[tuple[int, int], asyncio.Task[None]] = {}
         """(round, span) -> our contribution on its way."""
         self._coordinator: PeerId | None = None
@@ -471,7 +472,19 @@ class Driver:
 
     # ── this peer's part of a round ──────────────────────────────────────────────────────
     async def _take(self, number: int) -> None:
-        taken = await self.learner.take(number)
+        """Freeze the work for a round, once: a plan that takes the place of another for the same
+        round gets the same contribution. The first may be inside what comes of it, and a second
+        would hold the same work once more."""
+        if number in self._taking:
+            return  # whoever asks now is told with the other
+        if (before := self._sent.get(number)) is not None:
+            self.feed(ContributionTaken(number, float(before.contribution.weight)))
+            return
+        self._taking.add(number)
+        try:
+            taken = await self.learner.take(number)
+        finally:
+            self._taking.discard(number)
         self.exchange.offer(number, taken.contribution, taken.report)
         self._sent = {number: taken}
         self.emit(
@@ -601,6 +614,7 @@ class Driver:
             if not await self.learner.load(state, effect.step_back, effect.parted):
                 self.feed(StateFailed(donor, "its state is older than ours, or not what it says"))
                 return
+            self._sent.clear()  # that work is gone, and what comes now is other work
             self.emit(
                 ev.StateReceived(donor, state.round, state.bytes, self.clock.monotonic() - begun_s)
             )

@@ -514,7 +514,7 @@ def entries_of(headers: Iterable[OutcomeHeader]) -> list[Entry]:
 
     Who began anew in the middle of a round may have two contributions inside, each in some spans,
     which hold the work on different blocks. They do not add up to one: that in more units counts
-    (the first of two in equally many), and the other is as if it had not come.
+    (of two in equally many that in the lower span), and the other is as if it had not come.
     """
     found: dict[PeerId, dict[tuple[float, BlockReport], int]] = {}
     for header in headers:
@@ -524,9 +524,14 @@ def entries_of(headers: Iterable[OutcomeHeader]) -> list[Entry]:
             covers[what] = covers.get(what, 0) | cover_of(header.start, header.stop, c.mask)
     entries = []
     for peer, covers in found.items():
-        most = max(covers, key=lambda what: covers[what].bit_count())
+        most = min(covers, key=lambda what: (-covers[what].bit_count(), _lowest(covers[what])))
         entries.append(Entry(peer, most[1], covers[most]))
     return entries
+
+
+def _lowest(cover: int) -> int:
+    """The lowest bit that is set, by itself."""
+    return cover & -cover
 
 
 def cover_of(start: int, stop: int, mask: bytes) -> int:

@@ -298,6 +298,14 @@ def test_two_contributions_of_who_began_anew_do_not_add_up_to_one() -> None:
         assert book.fault() == ""
 
 
+def test_of_two_contributions_in_equally_many_units_the_lower_counts() -> None:
+    one, other = (entry("a", trained=[r]).report for r in ((0, 4), (2, 3)))
+    first = header(0, 2, Contributor(PeerId("a"), 5.0, b"", one))
+    second = header(2, 4, Contributor(PeerId("a"), 4.0, b"", other))
+    for order in ([first, second], [second, first]):
+        assert entries_of(order) == [Entry(PeerId("a"), one, 0b0011)]
+
+
 def test_a_report_beyond_its_bounds_is_the_senders_fault() -> None:
     def header(report: BlockReport) -> ContributionHeader:
         return ContributionHeader(RUN, GroupName("g"), 1, 1, 0, 0, 4, 1.0, report)

@@ -96,3 +96,11 @@ def test_members_with_different_ledgers_are_found(monkeypatch: pytest.MonkeyPatc
 )
 def test_work_that_counts_is_inside_in_every_unit(seed: int) -> None:
     assert promises(simulate(draw(seed))) == set()
+
+
+@pytest.mark.parametrize(("seed", "peers"), [(51112, 7), (51267, 8), (51297, 3)])
+def test_another_plan_for_a_round_gets_the_contribution_that_was_frozen_for_it(
+    seed: int, peers: int
+) -> None:
+    """A second one would hold the same work again, and either may be the one that gets inside."""
+    assert promises(simulate(draw(seed, peers=peers, duration_s=150.0))) == set()
