@@ -74,9 +74,13 @@ class Swarm:
         self._ids: dict[str, PeerId] = {}
 
     async def start(
-        self, name: str, *, via: str | None = None, site: str = "", wait: bool = True
+        self, name: str, *, via: str | None = None, site: str = "town", wait: bool = True
     ) -> Peer:
-        """A peer called `name`; the first one starts the run, others join through `via`."""
+        """A peer called `name`; the first one starts the run, others join through `via`.
+
+        All at one site, unless told otherwise: they share one event loop, and on a busy machine
+        its round trips make neighbours look a continent apart.
+        """
         stop = asyncio.Event()
         ready = asyncio.Event()
         self._stops[name] = stop
