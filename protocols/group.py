@@ -403,7 +403,6 @@ class GroupMachine:
         here = self._here
         here.round, here.digest = number, digest
         here.applied_s = here.moved_s = now_s
-        self._healing.settled()
         self._catching_up.settled()
 
 

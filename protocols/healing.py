@@ -8,6 +8,7 @@ while, twice as long each time.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter as Tally
 from typing import Final
 
@@ -31,7 +32,8 @@ class Healing:
         self._fetch: Attempt | None = None
         self._bad_donors: dict[PeerId, tuple[float, float]] = {}
         """Donor -> (until when it is avoided, for how long the next time)."""
-        self._apart_since_s: float | None = None
+        self._apart_since_s = self._apart_seen_s = -math.inf
+        """A majority with fewer rounds goes on without us: since when, and when we last saw it."""
         self._compared: Outlook | None = None
         """When the digests that we saw last were all the same."""
 
@@ -40,13 +42,10 @@ class Healing:
         """Whether a state is on its way."""
         return self._fetch is not None
 
-    def settled(self) -> None:
-        """We have moved on: to another round, or to another state."""
-        self._apart_since_s = None
-
     def fetched(self) -> None:
         """The state came."""
         self._fetch = None
+        self._apart_since_s = self._apart_seen_s = -math.inf
         self._bad_donors.clear()
 
     def failed(self, donor: PeerId, now_s: float, *, busy: bool = False) -> None:
@@ -67,21 +66,23 @@ class Healing:
         here = self._here
         outlook = here.outlook(now_s)
         if not outlook.behind:
-            self._apart_since_s = None
             return []
         live = outlook.live
         latest = here.current or here.previous
         ours = set(latest.plan.peers) if latest is not None else set()
         others = [
-            n for n in live if n.ready and 0 < n.round < here.round and n.record.peer not in ours
-        ]
+            n for n in live if n.ready and 0 < n.round < here.round
+            and n.record.peer not in ours and not self._fellow(n)
+        ]  # fmt: skip
         camps = Tally((n.round, n.digest) for n in others)
         best = max(camps, key=lambda c: (camps[c], c), default=None)
         if best is None or camps[best] <= here.camp(live):
-            self._apart_since_s = None
             return []
-        if self._apart_since_s is None:
+        # Between two sights of it some of them have applied a round and others have not, and where
+        # rounds are short that is all the time that there is.
+        if now_s - self._apart_seen_s > STEP_BACK_S:
             self._apart_since_s = now_s
+        self._apart_seen_s = now_s
         if now_s - self._apart_since_s < STEP_BACK_S:
             return []
         donors = [n for n in others if (n.round, n.digest) == best]

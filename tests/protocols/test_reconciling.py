@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from protocols.events import Agreed, FetchState, PlanAdopted
+from protocols.events import Agreed, Effect, FetchState, PlanAdopted
 from protocols.membership import Neighbour
 from protocols.types import Digest
 from tests.protocols.test_group import check_invariants, gets_in_step, reach, rounds
@@ -106,3 +106,27 @@ def test_the_larger_part_does_not_give_way_to_a_smaller_one_that_did_more_rounds
     assert taken() == [first], "the fellow that went on, and none of the others"
     first.round = second.round = here.round - 2
     assert {n.record.peer for n in taken()} == {n.record.peer for n in few}
+
+
+def test_who_is_apart_steps_back_however_short_rounds_are() -> None:
+    """A majority with fewer rounds is at one state only between two of them."""
+    world = World(3)
+    peers = [world.add(i) for i in range(3)]
+    assert world.run_until(lambda: min(rounds(p) for p in peers) >= 6, 60.0)
+    assert world.run_until(lambda: len({p.history for p in peers}) == 1, 20.0)
+    machine = peers[0].machine
+    here, healing = machine._here, machine._healing
+    here.current = here.previous = None
+    others = here.members.live(here.group, world.now_s)
+    found: list[Effect] = []
+    for step in range(12):
+        for index, other in enumerate(others):  # in step at every other look
+            other.round = here.round - 4 + (index * step) % 2
+            other.agreed, other.digest = 1, Digest(bytes(31) + bytes([other.round]))
+        here.members.version += 1
+        found = healing.step_back(world.now_s + 0.5 * step)
+        assert bool(found) == (step >= 6 and step % 2 == 0), step
+        if found:
+            break
+    assert isinstance(found[0], FetchState)
+    assert found[0].step_back

@@ -145,7 +145,7 @@ def test_another_d_on_the_other_side_is_found(monkeypatch: pytest.MonkeyPatch) -
     assert "mass is conserved" in promises(simulate(two_towns()))
 
 
-@pytest.mark.parametrize(("seed", "peers"), [(60278, 7), (60314, 8), (60565, 4)])
+@pytest.mark.parametrize(("seed", "peers"), [(60278, 7), (60314, 8), (60565, 4), (62566, 5)])
 def test_what_most_of_a_group_mixed_in_a_partition_stays(seed: int, peers: int) -> None:
     """The smaller part did more rounds meanwhile, and it is that one which comes back."""
     record = simulate(draw(seed, peers=peers))
