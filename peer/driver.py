@@ -610,7 +610,11 @@ class Driver:
             self.refused(error)
             self.feed(StateFailed(donor, error.reason))
             return
-        with self.mixing.changing() if self.mixing is not None else nullcontext():
+        mixing = self.mixing
+        with mixing.changing() if mixing is not None else nullcontext():
+            # Asked first: between the load and the word of it nothing may be waited for, or the
+            # machine would go on with a round of the state that is no more.
+            told = await mixing.ask_debts(donor) if mixing is not None else None
             if not await self.learner.load(state, effect.step_back, effect.parted):
                 self.feed(StateFailed(donor, "its state is older than ours, or not what it says"))
                 return
@@ -618,8 +622,8 @@ class Driver:
             self.emit(
                 ev.StateReceived(donor, state.round, state.bytes, self.clock.monotonic() - begun_s)
             )
-            if self.mixing is not None:
-                await self.mixing.state_replaced(donor)
+            if mixing is not None:
+                mixing.state_replaced(told)
         self.feed(StateReady(state.round, state.digest))
 
     # ── streams that others open ─────────────────────────────────────────────────────────

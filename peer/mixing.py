@@ -110,6 +110,10 @@ class RosterNote:
     sure: bool
 
 
+Told = tuple[RosterNote, dict[MixId, Debt]]
+"""A fellow member's answer: who is in its group, and what that owes."""
+
+
 class MixingLearner(Protocol):
     """What gossip needs of training."""
 
@@ -290,11 +294,11 @@ class Mixing:
         first = outcome.header.start
         self.riding.keep(mix, loan, ((u, payload_of(outcome.units[u - first], mix)) for u in units))
 
-    async def state_replaced(self, donor: PeerId) -> None:
-        """Our state is a donor's now."""
+    def state_replaced(self, told: Told | None) -> None:
+        """Our state is a donor's now, who `told` us what its group owes (None: it did not)."""
         known = self.machine.known()
         inside = {mix: self._maybe(mix, loan) for mix, loan in known.items()}
-        aware = await self._ask_debts(donor)
+        aware = self._aware(told) if told is not None else None
         self.feed(StateReplaced(self._host.group, self._host.round, inside, aware))
 
     def _maybe(self, mix: MixId, loan: Loan) -> int:
@@ -563,9 +567,10 @@ class Mixing:
 
     # ── what fellow members know ─────────────────────────────────────────────────────────
     async def _fetch_debts(self, peer: PeerId) -> None:
-        self.feed(DebtsFetched(peer, await self._ask_debts(peer)))
+        told = await self.ask_debts(peer)
+        self.feed(DebtsFetched(peer, self._aware(told) if told is not None else None))
 
-    async def _ask_debts(self, peer: PeerId) -> Aware | None:
+    async def ask_debts(self, peer: PeerId) -> Told | None:
         """What a fellow member knows that our group owes; None if it can't be had."""
         try:
             stream = await self._open(Contact(peer, ()))
@@ -584,6 +589,11 @@ class Mixing:
         except RemoteProtocolError as error:
             self._host.refused(error)
             return None
+        return note, debts
+
+    def _aware(self, told: Told) -> Aware:
+        """What we were told, seen from the state that we hold now."""
+        note, debts = told
         owed = []
         for mix, debt in debts.items():
             self.riding.keep(mix, debt.loan, debt.payloads.items())

@@ -165,7 +165,7 @@ async def test_what_the_donor_of_a_state_proves_is_shown_beside_what_we_proved()
     me.know(2, 3, epoch=1)
     donor.know(2, 4, epoch=2)
     me.mix_table.load(donor.mix_table.array)
-    await me.mixing.state_replaced(DONOR)
+    me.mixing.state_replaced(await me.mixing.ask_debts(DONOR))
     assert me.mixing.machine.debts == {MIX: LOAN.whole}
     await me.mixing._pay(MIX, LOAN.contacts[0])
     await settle(west, me, donor)
@@ -180,7 +180,7 @@ async def test_a_proof_of_more_units_than_are_owed_pays_for_those_only() -> None
     me.know(2, 4, epoch=1)
     donor.know(3, 4, epoch=2)
     me.mix_table.load(donor.mix_table.array)
-    await me.mixing.state_replaced(DONOR)
+    me.mixing.state_replaced(await me.mixing.ask_debts(DONOR))
     assert me.mixing.machine.debts == {MIX: 0b10}
     await me.mixing._pay(MIX, LOAN.contacts[0])
     await settle(west, me, donor)

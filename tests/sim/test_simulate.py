@@ -237,3 +237,9 @@ def test_two_outcomes_of_one_span_and_epoch_are_found(monkeypatch: pytest.Monkey
     monkeypatch.setattr(Judge, "_one_content", doubting)
     record = simulate(village(2, 0.7))
     assert {v.promise for v in record.violations} == {"one outcome per span and epoch"}
+
+
+def test_who_took_a_state_goes_on_from_it_even_while_its_own_round_ends() -> None:
+    """A loner's round was due while it fetched its neighbour's state: it stood still ever after."""
+    record = simulate(draw(62530, peers=4))
+    assert not record.violations, to_text(record)
