@@ -208,7 +208,7 @@ class Exchange:
             span.stop,
             float(contribution.weight),
             self._own_blocks,
-            self._loans(plan.round, span.start, span.stop),
+            self._loans(plan, span.start, span.stop),
         )
         stream = await self._transport.open(to, limits.CONNECT_TIMEOUT_S)
         try:
@@ -268,7 +268,7 @@ class Exchange:
         me = self._transport.peer_id
         if contribution.weight <= 0:
             return True
-        loans = self._loans(plan.round, span.start, span.stop)
+        loans = self._loans(plan, span.start, span.stop)
         if self.riding is not None:
             self.riding.admit_own(loans, plan.round)
         self._begin(state, me, contribution.weight, self._own_blocks)
@@ -285,8 +285,8 @@ class Exchange:
             self._keep(state, me, contribution.weight, self._own_blocks, enumerate(payloads, start))
         return True
 
-    def _loans(self, number: int, start: int, stop: int) -> tuple[Signed, ...]:
-        return () if self.riding is None else self.riding.loans(number, start, stop)
+    def _loans(self, plan: Plan, start: int, stop: int) -> tuple[Signed, ...]:
+        return () if self.riding is None else self.riding.loans(plan, start, stop)
 
     def _attach(
         self, loans: Sequence[Signed], number: int, start: int, units: list[bytes]

@@ -17,7 +17,7 @@ from protocols import limits
 from protocols.errors import RemoteProtocolError
 from protocols.gossip import GossipMachine
 from protocols.loans import Loan, MixId, MixNote, mix_id, open_loan
-from protocols.messages import ContributionHeader
+from protocols.messages import ContributionHeader, Plan
 from protocols.records import Signed
 from protocols.types import Digest, PeerId
 
@@ -80,11 +80,15 @@ class Riding:
         """mix -> (round, loan, until, sign), from contributions' headers."""
 
     # ── contributions ────────────────────────────────────────────────────────────────────
-    def loans(self, number: int, start: int, stop: int) -> tuple[Signed, ...]:
-        """Of what `attach` may put into these units."""
+    def loans(self, plan: Plan, start: int, stop: int) -> tuple[Signed, ...]:
+        """Of what `attach` may put into these units.
+
+        Who has moved to another group still carries what it borrowed for the one that it left,
+        until its first round there is done: that does not ride here.
+        """
         able = [
-            c.signed for _, c in self._machine.attachable(number)
-            if c.loan.start < stop and start < c.loan.stop
+            c.signed for _, c in self._machine.attachable(plan.round)
+            if c.loan.start < stop and start < c.loan.stop and c.loan.sign_for(plan.group) == c.sign
         ]  # fmt: skip
         return tuple(able[: limits.LOANS_MAX])
 

@@ -152,6 +152,12 @@ def test_what_most_of_a_group_mixed_in_a_partition_stays(seed: int, peers: int) 
     assert not [v for v in record.violations if v.promise == MASS], to_text(record)
 
 
+def test_what_was_borrowed_for_one_group_does_not_ride_in_another() -> None:
+    """A loner borrowed, then moved to a neighbour before its next round."""
+    record = simulate(draw(52022, peers=7, duration_s=150.0))
+    assert not [v for v in record.violations if v.promise == MASS], to_text(record)
+
+
 @pytest.mark.parametrize(("seed", "peers", "fate"), [(62181, 5, "orphaned"), (62232, 6, "gone")])
 def test_what_no_peer_can_mend_is_counted_apart(seed: int, peers: int, fate: str) -> None:
     """All who knew of the debt died, or all who had the state."""
