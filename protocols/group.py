@@ -395,6 +395,8 @@ class GroupMachine:
         here.previous = here.current = None
         here.ready = here.newcomer = True
         here.visiting = False
+        if self._healing.from_afar:
+            self._moving.came_with_a_foreign_state(now_s)
         self._healing.fetched()
         self._moved_to(number, digest, now_s)
         return self._company.beat(now_s)

@@ -42,6 +42,13 @@ class Healing:
         """Whether a state is on its way."""
         return self._fetch is not None
 
+    @property
+    def from_afar(self) -> bool:
+        """Whether the state on its way is that of another group than ours."""
+        here = self._here
+        donor = here.members.get(self._fetch.peer) if self._fetch is not None else None
+        return donor is not None and bool(here.group) and donor.group != here.group
+
     def fetched(self) -> None:
         """The state came."""
         self._fetch = None

@@ -172,6 +172,13 @@ class Moving:
         first.hailed_s = now_s
         return self._company.greet(first.record.peer, now_s, answer=False)
 
+    def came_with_a_foreign_state(self, now_s: float) -> None:
+        """A newcomer got the state of another group's member: it has no say in ours, whose history
+        holds what others count on, and takes that as any visitor does."""
+        here = self._here
+        if any(n.ready for n in here.members.live(here.group, now_s)):
+            here.visiting, self._came_alone = True, False
+
     # ── arriving ─────────────────────────────────────────────────────────────────────────
     def settle_in(self, now_s: float) -> list[Effect]:
         """A visitor takes the state of those who are there, if it is not its own already."""

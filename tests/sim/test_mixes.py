@@ -158,6 +158,12 @@ def test_what_was_borrowed_for_one_group_does_not_ride_in_another() -> None:
     assert not [v for v in record.violations if v.promise == MASS], to_text(record)
 
 
+def test_a_newcomer_with_another_groups_state_does_not_outvote_a_loner() -> None:
+    """What the loner had mixed in was lost with its history, and the lender had paid."""
+    record = simulate(draw(52091, peers=6, duration_s=150.0))
+    assert not [v for v in record.violations if v.promise == MASS], to_text(record)
+
+
 @pytest.mark.parametrize(("seed", "peers", "fate"), [(62181, 5, "orphaned"), (62232, 6, "gone")])
 def test_what_no_peer_can_mend_is_counted_apart(seed: int, peers: int, fate: str) -> None:
     """All who knew of the debt died, or all who had the state."""
