@@ -373,7 +373,7 @@ class Mixing:
                 some = sorted(far)[: limits.EXACT_UNITS_MAX]
                 lent = await self._look_again(signed, loan, to, some)
                 ratios += (await self._differ(mix, loan, lent))[1]
-        except BaseException:
+        except BaseException:  # cancelled, too: half of a difference must not stay
             self.riding.payloads.pop(mix, None)
             raise
         if ratios:

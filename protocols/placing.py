@@ -80,11 +80,10 @@ class Placing:
         trips = self._recent(now_s)
         if len(trips) < CHECK_MIN:
             return
-        off = [
-            (t.rtt_s, abs(gap_s - t.rtt_s) / t.rtt_s if abs(gap_s - t.rtt_s) > NOISE_S else 0.0)
-            for t in trips
-            if (gap_s := distance_s(self.latest, t.coordinate)) > 0
-        ]
+        off = []
+        for t in trips:
+            wrong_s = abs(distance_s(self.latest, t.coordinate) - t.rtt_s)
+            off.append((t.rtt_s, wrong_s / t.rtt_s if wrong_s > NOISE_S else 0.0))
         nearest = [wrong for _, wrong in sorted(off)[:NEAREST]]
         if median(wrong for _, wrong in off) > LOST or median(nearest) > LOST_NEAR:
             self._fit(trips)

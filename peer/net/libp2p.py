@@ -387,7 +387,7 @@ class Libp2pTransport:
             await p2p.add_binary_stream_handler(BULK, self._on_inbound)
             self.p2p = p2p
             await self._refresh_addresses()
-        except BaseException:
+        except BaseException:  # cancelled, too: the daemon must not outlive us
             self.p2p = None
             await _stop(p2p, "start failed")
             raise

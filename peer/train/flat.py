@@ -272,6 +272,11 @@ class FlatMethod(ABC):
         return [values for _, values in own if len(values) == len(self._theta_N)]
 
     def mixer(self) -> UnitMixer:
+        """What decodes a mix; asked only of methods that have `mixes`, which then override it.
+
+        Raises:
+            NotImplementedError: `mixes` is None, so that no mix can have got here.
+        """
         raise NotImplementedError("this method does not mix")
 
     def outer(self, start: int, stop: int) -> list[Float32]:
