@@ -23,10 +23,13 @@ from dht.node import HivemindDirectory
 from peer import finding
 from peer.addresses import check_addresses
 from peer.control import ControlServer
+from peer.doctor.serve import ProbeServer, desk_of
 from peer.errors import UsageError
 from peer.exchange import NO, refuse
 from peer.home import Seat, open_seat
-from peer.net.libp2p import Libp2pTransport, unknown_daemon
+from peer.net.ladder import LadderTransport
+from peer.net.libp2p import CHANGED, unknown_daemon
+from peer.net.network import teller
 from peer.net.transport import Stream
 from peer.observe import events as ev
 from peer.observe.hub import Hub, plain
@@ -70,7 +73,7 @@ class Node:
     """A running bootstrap node. Made by `open_node`."""
 
     def __init__(
-        self, seat: Seat, transport: Libp2pTransport, directory: HivemindDirectory
+        self, seat: Seat, transport: LadderTransport, directory: HivemindDirectory
     ) -> None:
         self.seat = seat
         self.transport = transport
@@ -101,6 +104,7 @@ class Node:
             "role": "bootstrap",
             "peer": self.transport.peer_id,
             "addresses": self.transport.addresses(),
+            "reach": self.transport.reach_status(),
             "uptime_s": round(self.uptime_s, 1),
             "peers_connected": len(self.connected),
             "dht_nodes": self.directory.size(),
@@ -134,20 +138,22 @@ async def open_node(config: NodeConfig, hub: Hub) -> AsyncIterator[Node]:
             hub.emit(ev.Notice("warning", notice))
 
         def restarted(reason: str, seconds: float, p2p: Any) -> None:
-            hub.emit(ev.DaemonRestarted(reason, seconds))
+            if reason != CHANGED:  # that was our own wish, and is told by whoever wished it
+                hub.emit(ev.DaemonRestarted(reason, seconds))
 
-        transport = await Libp2pTransport.start(
-            signer.seed, seat.folder, config.host, config.port,
-            announce=config.announce, relay=config.relay, on_restart=restarted,
+        transport = await LadderTransport.start(
+            signer.seed, seat.folder, config.host, config.port, announce=config.announce,
+            relay=config.relay, on_restart=restarted, tell=teller(hub.emit),
         )  # fmt: skip
         stack.push_async_callback(transport.close)
         strange = unknown_daemon()
         if strange is not None:
             hub.emit(ev.Notice("warning", strange))
         refusals = _Refusals(hub)
-        transport.serve(refusals.on_call, refusals.on_stream)
-        directory = await HivemindDirectory.start(transport, signer)
+        directory = await HivemindDirectory.start(transport.inner, signer)
         stack.push_async_callback(directory.close)
+        probes = ProbeServer(desk_of(transport, directory.size))
+        transport.serve(probes.before(refusals.on_call), refusals.on_stream)
         node = Node(seat, transport, directory)
         if config.metrics_port is not None:
             page = serve_http(

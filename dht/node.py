@@ -15,7 +15,7 @@ import logging
 import random
 import statistics
 import time
-from collections.abc import Awaitable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import Any, Final, Protocol, Self
 
 from hivemind.dht.node import DHTNode
@@ -26,6 +26,7 @@ from hivemind.proto import dht_pb2
 from dht.directory import GroupNotice, RunNotice
 from dht.index import Index, latest
 from dht.rules import (
+    NOTICE_REFRESH_S,
     NOTICE_TTL_S,
     RUNS_KEY,
     Rules,
@@ -68,10 +69,11 @@ class Daemon(Protocol):
 class HivemindDirectory:
     """`directory.Directory` over hivemind's DHTNode. Build it with `start`."""
 
-    def __init__(self, transport: Daemon, signer: Signer, *, client_mode: bool) -> None:
+    def __init__(self, transport: Daemon, signer: Signer, is_client: Callable[[], bool]) -> None:
         self._transport = transport
         self._signer = signer
-        self._client_mode = client_mode
+        self._is_client = is_client
+        self._client_mode = False
         self._rules = Rules()
         self._node: Any = None
         self._storage: BoundedStorage | None = None
@@ -84,12 +86,15 @@ class HivemindDirectory:
         """Set when the daemon was replaced: the node has to be replaced as well."""
 
     @classmethod
-    async def start(cls, transport: Daemon, signer: Signer, *, client_mode: bool = False) -> Self:
+    async def start(
+        cls, transport: Daemon, signer: Signer, *, is_client: Callable[[], bool] = lambda: False
+    ) -> Self:
         """A node on the transport's daemon that knows nobody yet; `join` comes next.
 
-        `client_mode`: store nothing for others and answer nobody; for peers that can't be reached.
+        `is_client`: whether to store nothing for others and answer nobody, as peers do that can't
+        be reached; asked for each of the transport's daemons.
         """
-        directory = cls(transport, signer, client_mode=client_mode)
+        directory = cls(transport, signer, is_client)
         await directory._start_node()
         transport.restart_listeners.append(directory._on_restart)
         directory._keeper = asyncio.create_task(directory._keep(), name="directory")
@@ -236,13 +241,16 @@ class HivemindDirectory:
         return stored and announced
 
     async def _store_all(self) -> None:
-        for run, (manifest, name) in list(self._manifests.items()):
-            if self._index.announces(run, self._signer.peer_id):
-                await self._store_manifest(run, manifest, name)
+        await self._store_manifests()
         for signed, contact in list(self._records.values()):
             record = self._rules.record(signed)
             if is_current(record, time.time()):
                 await self._store_record(record, signed, contact)
+
+    async def _store_manifests(self) -> None:
+        for run, (manifest, name) in list(self._manifests.items()):
+            if self._index.announces(run, self._signer.peer_id):
+                await self._store_manifest(run, manifest, name)
 
     async def _ping(self, name: Any) -> None:
         protocol = self._node.protocol
@@ -266,6 +274,7 @@ class HivemindDirectory:
     # ── the node's life ──────────────────────────────────────────────────────────────────
 
     async def _start_node(self) -> bool:
+        self._client_mode = self._is_client()
         node = await DHTNode.create(
             p2p=self._transport.p2p,
             node_id=DHTID.from_bytes(hashlib.sha1(self._signer.public_key).digest()),
@@ -292,7 +301,7 @@ class HivemindDirectory:
     async def _keep(self) -> None:
         """Rejoin while alone, replace the node with the daemon, keep our notices alive."""
         loop = asyncio.get_running_loop()
-        refresh_s = loop.time() + NOTICE_TTL_S / 3
+        refresh_s = loop.time() + NOTICE_REFRESH_S
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(REJOIN_S):
@@ -308,8 +317,8 @@ class HivemindDirectory:
             if not self.size():
                 await self.join(await self._transport.connected())
             if loop.time() >= refresh_s:
-                refresh_s = loop.time() + NOTICE_TTL_S / 3 * random.uniform(0.8, 1.2)
-                await self._store_all()
+                refresh_s = loop.time() + NOTICE_REFRESH_S * random.uniform(0.8, 1.2)
+                await self._store_manifests()  # whoever has records stores them again himself
 
 
 async def _within(work: Awaitable[Any], timeout_s: float) -> Any:

@@ -28,7 +28,10 @@ from protocols.schema import Max, SchemaError, pack, unpack
 from protocols.types import PeerId, RunId
 
 RUN_DOMAIN: Final = "run"
-NOTICE_TTL_S: Final = 300.0  # manifests and run entries; refreshed at a third of it
+NOTICE_TTL_S: Final = 300.0  # manifests and run entries
+NOTICE_REFRESH_S: Final = 25.0
+"""How often they are stored again, give or take a fifth: nodes that come back know nothing, and so
+long newcomers find no run through them."""
 RUNS_SHOWN_MAX: Final = 1024  # announcers of runs that one node keeps
 CELL_ENTRIES_MAX: Final = 512  # a rush of newcomers stands in the root until it shows crowded
 VERIFIED_MAX: Final = 2 * limits.KNOWN_PEERS_MAX  # remembered signatures, about 8 MiB

@@ -11,6 +11,7 @@ elections keep still. A budget is a promise of the owner: never more than that i
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -36,6 +37,17 @@ class UploadMeter:
         self._bytes = 0
         self._best_bps = 0.0
         self._bursts: deque[float] = deque(maxlen=BURSTS_KEPT)
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def active(self) -> bool:
+        """Whether something of a round is on its way just now."""
+        return self._active > 0
+
+    async def idle(self) -> None:
+        """Until nothing is."""
+        await self._idle.wait()
 
     @contextmanager
     def sending(self) -> Iterator[Transfer]:
@@ -44,10 +56,13 @@ class UploadMeter:
             self._begun_s = self._clock.monotonic()
             self._bytes, self._best_bps = 0, 0.0
         self._active += 1
+        self._idle.clear()
         try:
             yield Transfer(self)
         finally:
             self._active -= 1
+            if not self._active:
+                self._idle.set()
             if not self._active and self._best_bps > 0:
                 self._bursts.append(self._best_bps)
 

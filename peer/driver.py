@@ -27,11 +27,14 @@ from peer.exchange import (
     RefusedError,
     refuse,
 )
+from peer.incoming import Incoming
 from peer.mixing import Mixing
-from peer.net.transport import Stream, Transport, TransportError
+from peer.net.transport import CallHandler, Posted, Stream, Transport, TransportError
 from peer.observe import events as ev
+from peer.state_chunks import StateGrid
+from peer.states import States
 from peer.train.method import Contribution
-from peer.transfer import Snapshot, TensorNote, fetch_state, serve_state
+from peer.transfer import Snapshot
 from protocols import limits
 from protocols.blocks import NO_BLOCKS, BlockReport
 from protocols.errors import RemoteProtocolError
@@ -58,12 +61,18 @@ from protocols.events import (
     OutcomeHeld,
     OutcomeOffered,
     OutcomeUndelivered,
+    PartialDelivered,
+    PartialFolded,
+    PartialOffered,
+    PartialUndelivered,
     PlanAdopted,
     PublishRecord,
     PushOutcome,
     Received,
+    Remembered,
     Send,
     SendContribution,
+    SendPartial,
     SignPlan,
     SpanReduced,
     StateFailed,
@@ -93,10 +102,12 @@ from protocols.messages import (
     OutcomeHeader,
     OutcomePush,
     OutcomeQuery,
+    PartialHeader,
     Plan,
     PlanIssued,
     StateQuery,
     decode,
+    decode_beat,
     decode_header,
     encode,
     open_signed,
@@ -144,8 +155,8 @@ class Learner(Protocol):
         """Of the outer state."""
 
     @property
-    def tensors(self) -> tuple[TensorNote, ...]:
-        """The outer state's layout."""
+    def grid(self) -> StateGrid:
+        """How the outer state is cut into chunks."""
 
     async def take(self, number: int) -> Taken: ...
 
@@ -160,6 +171,9 @@ class Learner(Protocol):
         """Take a donor's state; False if it is not what its digest says, or older than ours
         without leave to `step_back`. `parted`: what was learned here since that round is kept
         for the next contribution."""
+
+    async def after_load(self) -> None:
+        """A state was taken and everybody here knows: make it last."""
 
 
 class Driver:
@@ -177,9 +191,11 @@ class Driver:
         serve_asset: Callable[[Stream, AssetQuery], Coroutine[Any, Any, None]],
         publish: Callable[[], None] = lambda: None,
         on_plan: Callable[[Plan], None] = lambda _: None,
+        incoming: Incoming | None = None,
         clock: Clock = SYSTEM,
     ) -> None:
-        """`publish`: sign and store our record anew; `on_plan`: somebody else wants to know."""
+        """`publish`: sign and store our record anew; `on_plan`: somebody else wants to know.
+        `incoming`: where a state on its way survives a restart."""
         self.machine = machine
         self.transport = transport
         self.signer = signer
@@ -190,6 +206,8 @@ class Driver:
         self._serve_asset = serve_asset
         self.on_plan = on_plan
         self.clock = clock
+        self.remember: Callable[[Remembered], None] = lambda _: None
+        """Told after each round what a restart must know again."""
         self.mixing: Mixing | None = None
         """Gossip with other groups; set by whoever puts the peer together, where there is any."""
         self._outboxes: dict[PeerId, deque[Message]] = {}
@@ -204,21 +222,27 @@ class Driver:
         self._sleeps_until_s = math.inf
         self._tasks: asyncio.TaskGroup | None = None
         self._refusals: dict[PeerId, int] = {}
-        self._serving_state = asyncio.Semaphore(2)
+        self._states = States(self, learner, incoming)
         self._due: dict[int, tuple[float, Plan]] = {}
         self._sent: dict[int, Taken] = {}
         self._taking: set[int] = set()
         self._sending: dict[tuple[int, int], asyncio.Task[None]] = {}
         """(round, span) -> our contribution on its way."""
+        self._fetching: dict[asyncio.Task[None], int] = {}
+        """A fetch of outcomes under way -> their round."""
         self._coordinator: PeerId | None = None
+        self._epoch = 0
         self._fetched_from = PeerId("")
         self.round_finished: Callable[[int, AppliedFacts, list[Outcome], Plan | None, float], None]
         self.round_finished = lambda *_: None
+        self.before: Callable[[CallHandler], CallHandler] = lambda on_call: on_call
+        """Puts a handler of other calls in front of ours."""
 
     # ── life ─────────────────────────────────────────────────────────────────────────────
     async def run(self) -> None:
         """Drive until cancelled. Cancelling ends every task that this driver started."""
-        self.transport.serve(self._on_call, self._on_stream)
+        self.transport.serve(self.before(self._on_call), self._on_stream)
+        loop = asyncio.get_running_loop()
         async with asyncio.TaskGroup() as tasks:
             self._tasks = tasks
             while True:
@@ -229,11 +253,12 @@ class Driver:
                 self._wake.clear()
                 self._sleeps_until_s = self._deadline_s()
                 wait_s = max(0.0, self._sleeps_until_s - self.clock.monotonic())
+                # An alarm costs a third of a timeout, which would have to cancel this task.
+                alarm = loop.call_later(min(wait_s, SLEEP_S_MAX), self._wake.set)
                 try:
-                    async with asyncio.timeout(min(wait_s, SLEEP_S_MAX)):
-                        await self._wake.wait()
-                except TimeoutError:
-                    pass
+                    await self._wake.wait()
+                finally:
+                    alarm.cancel()
 
     def feed(self, event: Event) -> None:
         """Hand the machine an event and do what it wants; a peer's blunder is noted, no more."""
@@ -287,11 +312,15 @@ class Driver:
         return [neighbour.record for neighbour in live]
 
     def start(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None] | None:
-        """Own a task; None while nothing runs."""
+        """Own a task; None while nothing runs, or all is ending."""
         if self._tasks is None:
             work.close()
             return None
-        return self._tasks.create_task(work, name=name)
+        try:
+            return self._tasks.create_task(work, name=name)
+        except RuntimeError:  # it is ending, and takes no more
+            work.close()
+            return None
 
     # ── effects ──────────────────────────────────────────────────────────────────────────
     def _perform(self, effect: Effect) -> None:
@@ -315,6 +344,8 @@ class Driver:
                     late.cancel()
             case CloseSpan(plan, span, keep):
                 self.start(self._close_span(plan, span, keep), f"close {span}")
+            case SendPartial():
+                self.start(self._send_partial(effect), f"sum {effect.span} to {effect.to}")
             case DropSpan(number, span):
                 plan_now = self._due.get(number)
                 if plan_now is not None:
@@ -323,7 +354,10 @@ class Driver:
             case PushOutcome():
                 self.start(self._push(effect), f"push {effect.header.span} to {effect.to}")
             case FetchOutcomes(peer, number, span):
-                self.start(self._fetch(peer, number, span), f"fetch {number} from {peer}")
+                task = self.start(self._fetch(peer, number, span), f"fetch {number} from {peer}")
+                if task is not None:
+                    self._fetching = {t: n for t, n in self._fetching.items() if not t.done()}
+                    self._fetching[task] = number
             case ApplyRound() if not self.machine.leaving:
                 self.start(self._apply(effect), f"apply {effect.round}")
             case FetchState():
@@ -338,6 +372,10 @@ class Driver:
         match effect:
             case PlanAdopted(plan, coordinator, due_s):
                 self._coordinator = coordinator
+                if plan.epoch > self._epoch:
+                    # Before anything is signed in it: after a restart it is another's, or over.
+                    self._epoch = plan.epoch
+                    self.remember(self.machine.past(now_s))
                 self._due = {n: d for n, d in self._due.items() if n >= plan.round - 1}
                 self._due[plan.round] = (due_s, plan)
                 self.on_plan(plan)
@@ -399,12 +437,12 @@ class Driver:
         while box:
             coded = self._coded(box.popleft())
             begun_s = self.clock.monotonic()
+            answer: Posted
             try:
-                await self.transport.call(peer, coded, limits.CALL_TIMEOUT_S)
+                answer = await self.transport.call(peer, coded, limits.CALL_TIMEOUT_S)
             except (TransportError, RemoteProtocolError) as error:
-                self._delivered(peer, begun_s, error)
-            else:
-                self._delivered(peer, begun_s, None)
+                answer = error
+            self._delivered(peer, begun_s, answer)
         self._emptied(peer)
 
     def _post_next(self, peer: PeerId, box: deque[Message]) -> None:
@@ -412,8 +450,8 @@ class Driver:
         coded = self._coded(box.popleft())
         begun_s = self.clock.monotonic()
 
-        def done(error: TransportError | RemoteProtocolError | None) -> None:
-            self._delivered(peer, begun_s, error)
+        def done(answer: Posted) -> None:
+            self._delivered(peer, begun_s, answer)
             if box:
                 self._post_next(peer, box)
             else:
@@ -422,15 +460,19 @@ class Driver:
         assert self._poster is not None
         self._poster(peer, coded, limits.CALL_TIMEOUT_S, done)
 
-    def _delivered(
-        self, peer: PeerId, begun_s: float, error: TransportError | RemoteProtocolError | None
-    ) -> None:
-        if isinstance(error, TransportError):
-            self.feed(Undelivered(peer, error.reason))
+    def _delivered(self, peer: PeerId, begun_s: float, answer: Posted) -> None:
+        if isinstance(answer, TransportError):
+            self.feed(Undelivered(peer, answer.reason))
             return
-        if error is not None:
-            self.refused(error)  # it lives and says no: our message was stale, or of another run
-        self.feed(Delivered(peer, self.clock.monotonic() - begun_s))
+        beat: Heartbeat | None = None
+        if isinstance(answer, RemoteProtocolError):
+            self.refused(answer)  # it lives and says no: our message was stale, or of another run
+        elif answer:
+            try:
+                beat = decode_beat(answer, peer)
+            except RemoteProtocolError as error:
+                self.refused(error)
+        self.feed(Delivered(peer, self.clock.monotonic() - begun_s, beat))
 
     def _emptied(self, peer: PeerId) -> None:
         del self._outboxes[peer]
@@ -453,6 +495,9 @@ class Driver:
                     self.mixing.heard(sender, message)
             else:
                 self._handle(Received(sender, message))
+            if isinstance(message, Heartbeat):
+                beat = self.machine.answer(sender, self.clock.monotonic())
+                return b"" if beat is None else encode(beat)
         except RemoteProtocolError as error:
             self.refused(error)
             raise
@@ -512,6 +557,23 @@ class Driver:
                 self.feed(ContributionFolded(to, plan.round, span, whole))
             self.feed(ContributionDelivered(to, plan.round, span))
 
+    async def _send_partial(self, effect: SendPartial) -> None:
+        to, number, span = effect.to, effect.plan.round, effect.span
+        try:
+            faults = await self.exchange.send_partial(effect.plan, span, to, effect.answered)
+        except RefusedError as error:
+            self.feed(PartialUndelivered(to, number, span, error.status != LATER))
+        except (TransportError, RemoteProtocolError) as error:
+            if isinstance(error, TransportError):
+                self.feed(Undelivered(to, error.reason))
+            else:
+                self.refused(error)
+            self.feed(PartialUndelivered(to, number, span, False))
+        else:
+            for fault in faults:
+                self.refused(fault)
+            self.feed(PartialDelivered(to, number, span))
+
     async def _close_span(self, plan: Plan, span: int, keep: bool) -> None:
         closed = await self.exchange.close_span(plan, span, keep=keep)
         for error in closed.refused:
@@ -542,6 +604,13 @@ class Driver:
             count += 1
             self.feed(OutcomeHeld(peer, header, signed, True))
 
+        for outcome in await self._states.kept(number) if span is None else ():
+            self.exchange.hold(outcome)
+            got(outcome.header, outcome.signed)
+        if count:
+            self._fetched_from = peer
+            self.feed(FetchFinished(peer, number, count, ""))
+            return
         try:
             exchanged = self.machine.config.exchanged(number)
             await self.exchange.fetch_outcomes(peer, query, exchanged, got)
@@ -572,14 +641,19 @@ class Driver:
             raise AssertionError("the machine applies what the exchange does not hold")
         firm = self.machine.firm(self.clock.monotonic())
         facts = await self.learner.apply(effect.round, held, effect.plan)
-        if facts is None:
-            return
+        here = (self.learner.round, self.learner.digest)
+        if facts is None or here != (effect.round + 1, facts.digest):
+            return  # a donor's state took the place of ours, and the machine hears of that
         self.exchange.settle(effect.round, held)
+        for task, number in self._fetching.items():
+            if number <= effect.round:
+                task.cancel()  # what still comes is here, and others need that line
         self._tell_late(effect.round, facts.included)
         if effect.plan is None:
             self.emit(ev.CaughtUp(effect.round, self._fetched_from))
         due_s = self._due.get(effect.round, (self.clock.monotonic(), None))[0]
         self.feed(Applied(effect.round, facts.digest))
+        self.remember(self.machine.past(self.clock.monotonic()))
         if self.mixing is not None:
             self.mixing.round_done(held, firm)
         self.round_finished(
@@ -596,10 +670,13 @@ class Driver:
     async def _fetch_state(self, effect: FetchState) -> None:
         donor = effect.donor
         begun_s = self.clock.monotonic()
+        if (effect.round, effect.digest) == (self.learner.round, self.learner.digest):
+            # A run's beginning is made from its manifest, the same everywhere: who comes before
+            # the first round is over has it already.
+            self.feed(StateReady(self.learner.round, self.learner.digest))
+            return
         try:
-            state = await fetch_state(
-                self.transport, donor, self.machine.config.run, self.learner.tensors
-            )
+            fetched = await self._states.fetch(effect)
         except RefusedError as error:
             self.feed(StateFailed(donor, str(error), busy=error.status == LATER))
             return
@@ -610,21 +687,26 @@ class Driver:
             self.refused(error)
             self.feed(StateFailed(donor, error.reason))
             return
-        mixing = self.mixing
+        state, mixing = fetched.state, self.mixing
         with mixing.changing() if mixing is not None else nullcontext():
             # Asked first: between the load and the word of it nothing may be waited for, or the
             # machine would go on with a round of the state that is no more.
             told = await mixing.ask_debts(donor) if mixing is not None else None
             if not await self.learner.load(state, effect.step_back, effect.parted):
+                self._states.drop_backlog()
                 self.feed(StateFailed(donor, "its state is older than ours, or not what it says"))
                 return
             self._sent.clear()  # that work is gone, and what comes now is other work
-            self.emit(
-                ev.StateReceived(donor, state.round, state.bytes, self.clock.monotonic() - begun_s)
-            )
+            self._states.replaced()
+            seconds = self.clock.monotonic() - begun_s
+            given = {str(giver): size for giver, size in fetched.given.items()}
+            self.emit(ev.StateReceived(donor, state.round, state.bytes, seconds, given))
             if mixing is not None:
                 mixing.state_replaced(told)
-        self.feed(StateReady(state.round, state.digest))
+        self.feed(StateReady(state.round, state.digest, self._states.until))
+        await self.learner.after_load()
+        self.remember(self.machine.past(self.clock.monotonic()))
+        await self._states.tidy()
 
     # ── streams that others open ─────────────────────────────────────────────────────────
     async def _on_stream(self, stream: Stream) -> None:
@@ -643,6 +725,8 @@ class Driver:
         match header:
             case ContributionHeader():
                 await self._serve_contribution(stream, header)
+            case PartialHeader():
+                await self._serve_partial(stream, header)
             case OutcomePush():
                 await self._serve_push(stream, header)
             case OutcomeQuery():
@@ -650,7 +734,7 @@ class Driver:
                 await self.exchange.serve_outcomes(stream, header)
             case StateQuery():
                 self._check_run(stream.peer, header.run)
-                await self._serve_state(stream)
+                await self._states.serve(stream, header)
             case AssetQuery():
                 self._check_run(stream.peer, header.run)
                 await self._serve_asset(stream, header)
@@ -679,20 +763,33 @@ class Driver:
         if run != self.machine.config.run:
             raise RemoteProtocolError(sender, f"asks for run {run[:12]}, ours is another")
 
-    async def _serve_contribution(self, stream: Stream, header: ContributionHeader) -> None:
+    async def _admitted(
+        self, stream: Stream, header: ContributionHeader | PartialHeader, offer: Event
+    ) -> bool:
+        """Whether what `offer` tells of may come; else whoever offers it was told why not."""
         self._check_run(stream.peer, header.run)
         machine = self.machine
         ahead = header.round > machine.round or header.epoch > machine.epoch
         waiting = machine.current is None and header.round == machine.round
         if header.group == machine.group and (ahead or waiting):
             await refuse(stream, LATER, "we are not there yet")
-            return
+            return False
         try:
-            self._handle(ContributionOffered(stream.peer, header))
+            self._handle(offer)
         except RemoteProtocolError as error:
             # A late or superseded contribution is everyday life, not a breach.
             self.refused(error)
             await refuse(stream, NO, error.reason)
+            return False
+        return True
+
+    async def _serve_partial(self, stream: Stream, header: PartialHeader) -> None:
+        if await self._admitted(stream, header, PartialOffered(stream.peer, header)):
+            await self.exchange.receive_partial(stream, header)
+            self.feed(PartialFolded(stream.peer, header.round, header.span, header.answered))
+
+    async def _serve_contribution(self, stream: Stream, header: ContributionHeader) -> None:
+        if not await self._admitted(stream, header, ContributionOffered(stream.peer, header)):
             return
         whole = False
         try:
@@ -718,15 +815,3 @@ class Driver:
         self._handle(OutcomeOffered(stream.peer, push, header))
         await self.exchange.receive_outcome(stream, header, push.outcome)
         self.feed(OutcomeHeld(stream.peer, header, push.outcome, False))
-
-    async def _serve_state(self, stream: Stream) -> None:
-        if not self.machine.ready:
-            await refuse(stream, NO, "we have no state of this run ourselves")
-            return
-        if self._serving_state.locked():
-            await refuse(stream, LATER, "busy with other newcomers")
-            return
-        async with self._serving_state:
-            state = await self.learner.snapshot()
-            sent = await serve_state(stream, state)
-        self.emit(ev.StateServed(stream.peer, state.round, sent))

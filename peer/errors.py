@@ -6,6 +6,7 @@ program.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 
@@ -61,3 +62,12 @@ class NotRunningError(PeerError):
     """A command needs a running peer, and none runs here."""
 
     exit_code: ClassVar[int] = 9
+
+
+def flattened(error: BaseException) -> Iterator[BaseException]:
+    """The errors inside (nested) groups: a TaskGroup wraps even a single one."""
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from flattened(inner)
+    else:
+        yield error

@@ -18,7 +18,7 @@ import hashlib
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final, TypeVar
 
 import numpy as np
@@ -27,10 +27,11 @@ import numpy.typing as npt
 from peer.capacity import UploadMeter
 from peer.clock import SYSTEM, Clock
 from peer.net.transport import Stream, Transport, TransportError
+from peer.partials import OpenSpan, Partial, runs_of
 from peer.riding import Board, Riding, notes_of
-from peer.sending import batches, missed_again
+from peer.sending import batches, missed_again, unasked
 from peer.train.composite import compose, split
-from peer.train.method import Contribution, Reducer
+from peer.train.method import Contribution, Reducer, SignedReducer, SummingReducer
 from protocols import limits
 from protocols.blocks import NO_BLOCKS, BlockReport
 from protocols.errors import RemoteProtocolError
@@ -38,10 +39,10 @@ from protocols.identity import Signer
 from protocols.messages import (
     OUTCOME_DOMAIN,
     ContributionHeader,
-    Contributor,
     OutcomeHeader,
     OutcomePush,
     OutcomeQuery,
+    PartialHeader,
     Plan,
     encode,
     open_signed,
@@ -60,6 +61,7 @@ UNITS: Final = 2
 REPLY: Final = 3
 OUTCOME: Final = 4
 BYTES: Final = 5
+WANT: Final = 7
 
 YES: Final = 0
 LATER: Final = 1
@@ -96,18 +98,6 @@ class Outcome:
     header: OutcomeHeader
     signed: Signed
     units: tuple[bytes, ...]
-
-
-@dataclass(slots=True)
-class _OpenSpan:
-    """What has come in for a span: sender -> unit -> coded bytes."""
-
-    opened_s: float
-    units: int
-    weights: dict[PeerId, float] = field(default_factory=dict)
-    blocks: dict[PeerId, BlockReport] = field(default_factory=dict)
-    parts: dict[PeerId, dict[int, bytes]] = field(default_factory=dict)
-    closed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +138,8 @@ class Exchange:
         self._transport = transport
         self._signer = signer
         self._reducer = reducer
+        self._signed = reducer if isinstance(reducer, SignedReducer) else None
+        self._summing = reducer if isinstance(reducer, SummingReducer) else None
         self._on_choice = on_choice
         self._clock = clock
         self._bandwidth_bps: dict[PeerId, float] = {}
@@ -162,7 +154,9 @@ class Exchange:
         """Unit -> how many rounds in a row ours came too late."""
         self.riding: Riding | None = None
         """Mixes with other groups; None where there is no gossip."""
-        self._spans: dict[tuple[int, int, int], _OpenSpan] = {}
+        self._spans: dict[tuple[int, int, int], OpenSpan] = {}
+        self._sums: dict[tuple[int, int, int], Partial] = {}
+        """Our region's, closed."""
         self._outcomes: dict[int, list[Outcome]] = {}
         """round -> what is held of it, the latest last. Several of one span may be held while a
         round is undecided; an applied round keeps exactly what was applied."""
@@ -196,6 +190,9 @@ class Exchange:
         if self._own is None or self._own[0] != plan.round:
             raise RefusedError(NO, "nothing to send")
         contribution = self._own[1]
+        loans = self._loans(plan, span.start, span.stop)
+        if loans and to != span.aggregator:
+            raise RefusedError(NO, "mixes with other groups are not summed up")
         if to == self._transport.peer_id:
             return await self._fold_own(plan, index, contribution)
         header = ContributionHeader(
@@ -208,24 +205,27 @@ class Exchange:
             span.stop,
             float(contribution.weight),
             self._own_blocks,
-            self._loans(plan, span.start, span.stop),
+            loans,
         )
         stream = await self._transport.open(to, limits.CONNECT_TIMEOUT_S)
         try:
             await stream.send(HEADER, encode(header))
-            await expect_yes(stream)
             codec = self._codec_for(plan, index, to, contribution)
             begun_s, size = self._clock.monotonic(), 0
             with self.upload.sending() as transfer:
-                if contribution.weight > 0:
-                    for start, stop in batches(span.start, span.stop, self._missed, BATCH_UNITS):
-                        payloads = await self.compute(
-                            lambda a=start, b=stop: contribution.encode(a, b, codec)  # type: ignore[misc]
-                        )
-                        payloads = self._attach(header.loans, plan.round, start, payloads)
-                        size += sum(map(self._weigh, payloads))
-                        await send_units(stream, start, payloads)
-                await stream.finish()
+                async with unasked(stream, answer(stream)) as said:
+                    if contribution.weight > 0:
+                        for start, stop in batches(
+                            span.start, span.stop, self._missed, BATCH_UNITS
+                        ):
+                            payloads = await self.compute(
+                                lambda a=start, b=stop: contribution.encode(a, b, codec)  # type: ignore[misc]
+                            )
+                            payloads = self._attach(header.loans, plan.round, start, payloads)
+                            if said.done():
+                                said.result()
+                            size += sum(map(self._weigh, payloads))
+                            await send_units(stream, start, payloads)
                 await expect_yes(stream)
                 transfer.confirmed(size)
             self._sent(to, size, self._clock.monotonic() - begun_s)
@@ -336,12 +336,87 @@ class Exchange:
         await reply(stream, YES)
         return whole
 
-    async def _check(self, sender: PeerId, batch: Sequence[tuple[int, bytes]]) -> None:
+    # ── sums of regions ──────────────────────────────────────────────────────────────────
+    async def send_partial(
+        self, plan: Plan, index: int, to: PeerId, answered: tuple[PeerId, ...]
+    ) -> tuple[RemoteProtocolError, ...]:
+        """Close the sum that we collect for our region, and bring it to the aggregator; who sent
+        what turned out to be no part of it.
+
+        Raises:
+            TransportError, RemoteProtocolError: the stream broke.
+            RefusedError: it does not take it.
+        """
+        span = plan.spans[index]
+        key = (plan.round, span.start, span.stop)
+        faults: list[RemoteProtocolError] = []
+        if key not in self._sums:
+            state = self._span(*key)
+            state.closed = True
+            coded, faults = await self._reduced(plan, state, None)
+            units = {unit: data for unit, data in enumerate(coded, span.start) if data}
+            self._sums[key] = Partial(span.start, state.contributors(), units)
+            self._spans.pop(key, None)
+        partial = self._sums[key]
+        header = PartialHeader(
+            plan.run, plan.group, plan.round, plan.epoch, index, span.start, span.stop,
+            partial.contributors, answered,
+        )  # fmt: skip
+        stream = await self._transport.open(to, limits.CONNECT_TIMEOUT_S)
+        try:
+            await stream.send(HEADER, encode(header))
+            with self.upload.sending() as transfer:
+                async with unasked(stream, answer(stream)) as said:
+                    for first, payloads in runs_of(partial.units):
+                        for at in range(0, len(payloads), BATCH_UNITS):
+                            if said.done():
+                                said.result()
+                            await send_units(stream, first + at, payloads[at : at + BATCH_UNITS])
+                await expect_yes(stream)
+                transfer.confirmed(sum(map(self._weigh, partial.units.values())))
+        finally:
+            await stream.close()
+        return tuple(faults)
+
+    async def receive_partial(self, stream: Stream, header: PartialHeader) -> None:
+        """Keep an admitted collector's sum, once all of it is here.
+
+        Raises:
+            RemoteProtocolError: units that nobody in it contributed to, or no coded units, or
+                contributors who are in another sum.
+            TransportError: the stream broke.
+        """
+        if self._summing is None:
+            raise RemoteProtocolError(stream.peer, "a sum, of what can't be summed up")
+        await reply(stream, YES)
+        partial = Partial(header.start, header.contributors)
+        expected = set(partial.expected(header.stop))
+        while (frame := await stream.receive(UNITS_FRAME_BYTES_MAX)) is not None:
+            batch = units_in(stream.peer, frame.kind, frame.payload)
+            for unit, _ in batch:
+                if unit not in expected:
+                    raise RemoteProtocolError(stream.peer, f"unit {unit} is not in its sum")
+                expected.discard(unit)
+            await self._check(stream.peer, batch, summed=True)
+            partial.units.update(batch)
+        if expected:
+            raise RemoteProtocolError(stream.peer, "ended its region's sum early")
+        state = self._span(header.round, header.start, header.stop)
+        if (fault := state.take_sum(stream.peer, partial)) is not None:
+            raise RemoteProtocolError(stream.peer, fault)
+        await reply(stream, YES)
+
+    async def _check(
+        self, sender: PeerId, batch: Sequence[tuple[int, bytes]], *, summed: bool = False
+    ) -> None:
         """Refuse what can't be units of this run before it is kept."""
 
         def check() -> tuple[int, str] | None:
             for unit, payload in batch:
                 try:
+                    if summed and self._summing is not None:
+                        self._summing.check_sum(unit, payload)
+                        continue
                     riding = self.riding
                     mean = payload if riding is None else riding.check(unit, payload)
                     self._reducer.check(unit, mean)
@@ -353,7 +428,7 @@ class Exchange:
         if fault is not None:
             raise RemoteProtocolError(sender, f"unit {fault[0]}: {fault[1]}")
 
-    def _begin(self, state: _OpenSpan, sender: PeerId, weight: float, blocks: BlockReport) -> None:
+    def _begin(self, state: OpenSpan, sender: PeerId, weight: float, blocks: BlockReport) -> None:
         """A contribution, or the same once more, is about to come.
 
         Who began anew in the middle of the round has made another, of other work. Units of both
@@ -371,7 +446,7 @@ class Exchange:
         state.parts.pop(sender, None)
 
     def _keep(
-        self, state: _OpenSpan, sender: PeerId, weight: float, blocks: BlockReport,
+        self, state: OpenSpan, sender: PeerId, weight: float, blocks: BlockReport,
         batch: Iterable[tuple[int, bytes]],
     ) -> None:  # fmt: skip
         """What is kept already, from an earlier try, stays."""
@@ -381,10 +456,10 @@ class Exchange:
         for unit, payload in batch:
             kept.setdefault(unit, payload)
 
-    def _span(self, number: int, start: int, stop: int) -> _OpenSpan:
+    def _span(self, number: int, start: int, stop: int) -> OpenSpan:
         key = (number, start, stop)
         if key not in self._spans:
-            self._spans[key] = _OpenSpan(self._clock.monotonic(), stop - start)
+            self._spans[key] = OpenSpan(self._clock.monotonic(), start, stop)
         return self._spans[key]
 
     # ── outcomes ─────────────────────────────────────────────────────────────────────────
@@ -399,14 +474,8 @@ class Exchange:
         if self.riding is not None:
             board = self.riding.board(plan.round, span.start, span.stop)
         if keep:
-            for start in range(span.start, span.stop, BATCH_UNITS):
-                stop = min(start + BATCH_UNITS, span.stop)
-                reduced = await self.compute(
-                    lambda a=start, b=stop: self._reduce(state, range(a, b), board)  # type: ignore[misc]
-                )
-                units[start - span.start : stop - span.start] = reduced[0]
-                faults += reduced[1]
-        contributors = _contributors(state, span.start, span.stop) if keep else ()
+            units, faults = await self._reduced(plan, state, board)
+        contributors = state.contributors() if keep else ()
         header = OutcomeHeader(
             plan.run,
             plan.group,
@@ -427,26 +496,46 @@ class Exchange:
         self._spans.pop((plan.round, span.start, span.stop), None)
         return Closed(outcome, tuple(faults))
 
+    async def _reduced(
+        self, plan: Plan, state: OpenSpan, board: Board | None
+    ) -> tuple[list[bytes], list[RemoteProtocolError]]:
+        """All units of a span, a few at a time: contributions are coded in the same thread."""
+        units: list[bytes] = []
+        faults: list[RemoteProtocolError] = []
+        for start in range(state.start, state.stop, BATCH_UNITS):
+            some = range(start, min(start + BATCH_UNITS, state.stop))
+            coded, refused = await self.compute(
+                lambda units=some: self._reduce(plan, state, units, board)  # type: ignore[misc]
+            )
+            units += coded
+            faults += refused
+        return units, faults
+
     def _reduce(
-        self, state: _OpenSpan, units: range, board: Board | None
+        self, plan: Plan, state: OpenSpan, units: range, board: Board | None
     ) -> tuple[list[bytes], list[RemoteProtocolError]]:
         """Coded means; what turns out to be no unit is taken out of the span."""
         coded: list[bytes] = []
         faults: list[RemoteProtocolError] = []
         for unit in units:
-            senders = [peer for peer in sorted(state.parts) if unit in state.parts[peer]]
-            parts = [(state.weights[peer], state.parts[peer][unit]) for peer in senders]
+            sources = state.sources(unit)
+            parts = [(source.weight, source.payload) for source in sources]
             riding = [m for _, payload in parts for m in split(payload)[1]] if board else []
             if riding:
                 parts = [(weight, split(payload)[0]) for weight, payload in parts]
-            reduced = self._reducer.reduce(unit, parts)
+            if self._signed is not None:
+                signed = [(s.peer, *part) for s, part in zip(sources, parts, strict=True)]
+                reduced = self._signed.reduce_signed(unit, plan.digest, signed)
+            else:
+                reduced = self._reducer.reduce(unit, parts)
             coded.append(compose(reduced.payload, board.let_in(unit, riding) if board else ()))
             for index, reason in reduced.refused:
-                faults.append(RemoteProtocolError(senders[index], f"unit {unit}: {reason}"))
-                del state.parts[senders[index]][unit]
+                faults.append(RemoteProtocolError(sources[index].peer, f"unit {unit}: {reason}"))
+                del sources[index].held_in[unit]
         return coded, faults
 
     def drop_span(self, number: int, start: int, stop: int) -> None:
+        self._sums.pop((number, start, stop), None)
         state = self._spans.pop((number, start, stop), None)
         if state is not None:
             state.closed = True
@@ -490,7 +579,7 @@ class Exchange:
         oldest = number - self.rounds_kept
         for old in [n for n in self._outcomes if n <= oldest or n > number + 1]:
             del self._outcomes[old]
-        for key in [k for k in self._spans if k[0] <= number]:
+        for key in [k for k in (*self._spans, *self._sums) if k[0] <= number]:
             self.drop_span(*key)
 
     async def push_outcome(self, epoch: int, outcome: Outcome, to: PeerId) -> None:
@@ -498,11 +587,15 @@ class Exchange:
         stream = await self._transport.open(to, limits.CONNECT_TIMEOUT_S)
         try:
             await stream.send(HEADER, encode(OutcomePush(epoch, outcome.signed)))
-            if await answer(stream) == HAVE:
-                return
             with self.upload.sending() as transfer:
-                await send_units(stream, outcome.header.start, outcome.units)
-                await stream.finish()
+                async with unasked(stream, answer(stream)) as said:
+                    start, units = outcome.header.start, outcome.units
+                    for first in range(0, len(units), BATCH_UNITS):
+                        if said.done() and said.result() == HAVE:
+                            break
+                        await send_units(stream, start + first, units[first : first + BATCH_UNITS])
+                if said.result() == HAVE:
+                    return
                 await expect_yes(stream)
                 transfer.confirmed(sum(self._weigh(unit) for unit in outcome.units if unit))
         finally:
@@ -519,7 +612,7 @@ class Exchange:
         size = 0
         while (frame := await stream.receive(UNITS_FRAME_BYTES_MAX)) is not None:
             size = self._take_units(stream.peer, header, frame.kind, frame.payload, units, size)
-        await self._verify(stream.peer, header, signed, units)
+        self.hold(await self._verified(stream.peer, header, signed, units))
         await reply(stream, YES)
 
     def _take_units(
@@ -540,14 +633,14 @@ class Exchange:
             units.append(payload)
         return size
 
-    async def _verify(
+    async def _verified(
         self, sender: PeerId, header: OutcomeHeader, signed: Signed, units: list[bytes]
-    ) -> None:
+    ) -> Outcome:
         if len(units) != header.stop - header.start:
             raise RemoteProtocolError(sender, "an outcome that ends early")
         if await self.compute(lambda: content_digest(units)) != header.content:
             raise RemoteProtocolError(sender, "an outcome that does not match its proof")
-        self.hold(Outcome(header, signed, tuple(units)))
+        return Outcome(header, signed, tuple(units))
 
     # ── serving and fetching what somebody missed ────────────────────────────────────────
     async def serve_outcomes(self, stream: Stream, query: OutcomeQuery) -> None:
@@ -568,9 +661,10 @@ class Exchange:
         query: OutcomeQuery,
         exchanged: range,
         got: Callable[[OutcomeHeader, Signed], None],
+        keep: Callable[[Outcome], None] | None = None,
     ) -> int:
         """Ask `peer` for a round's outcomes; `got` each as it is held; how many came. `exchanged`:
-        the units whose turn it is in that round.
+        the units whose turn it is in that round. `keep`: who holds them in our place.
 
         Raises:
             TransportError, RemoteProtocolError: the stream broke, or what came is no outcome.
@@ -591,7 +685,7 @@ class Exchange:
                     )
                     continue
                 if current is not None:
-                    await self._verify(peer, *current, units)
+                    (keep or self.hold)(await self._verified(peer, *current, units))
                     got(*current)
                     count += 1
                 if frame is None:
@@ -661,23 +755,6 @@ def units_in(sender: PeerId, kind: int, data: bytes) -> list[tuple[int, bytes]]:
         found.append((unit, data[at : at + length]))
         at += length
     return found
-
-
-def _contributors(state: _OpenSpan, start: int, stop: int) -> tuple[Contributor, ...]:
-    """Everyone with at least one unit inside, in order; full masks are left out."""
-    found: list[Contributor] = []
-    for peer in sorted(state.parts):
-        units = state.parts[peer]
-        if not units:
-            continue
-        mask = b""
-        if len(units) < stop - start:
-            inside = bytearray((stop - start + 7) // 8)
-            for unit in units:
-                inside[(unit - start) // 8] |= 1 << ((unit - start) % 8)
-            mask = bytes(inside)
-        found.append(Contributor(peer, state.weights[peer], mask, state.blocks[peer]))
-    return tuple(found)
 
 
 async def send_units(stream: Stream, first: int, payloads: Sequence[bytes]) -> None:

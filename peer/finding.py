@@ -8,6 +8,7 @@ manifest is its hash, a file is its hash, a record is signed.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import shutil
 import time
@@ -16,9 +17,10 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from dht.directory import Directory, RunNotice
-from peer.errors import NetworkError, RunNotFoundError, StorageError
+from dht.rules import NOTICE_REFRESH_S
+from peer.errors import ManifestError, NetworkError, RunNotFoundError, StorageError
 from peer.exchange import RefusedError
-from peer.home import make_folder, write_atomic
+from peer.home import Seat, make_folder, write_atomic
 from peer.manifest import Manifest
 from peer.net.transport import Transport, TransportError
 from peer.observe import events as ev
@@ -30,8 +32,11 @@ from protocols.types import PeerId, RunId
 RETRY_S_MIN: Final = 1.0
 RETRY_S_MAX: Final = 30.0
 RECHECK_S: Final = 60.0
-FIND_RUN_S: Final = 20.0  # an answer was had, but nobody there knows (this) run
-EMPTY_S: Final = 8.0  # a bootstrap node answers and no run exists: we may be the first
+EMPTY_S: Final = 1.5 * NOTICE_REFRESH_S
+"""A node answers and knows no run: we may be the first. Or it has just come back, and those who
+train have not announced their run there again; who starts one now is on his own for ever."""
+FIND_RUN_S: Final = EMPTY_S + 5.0  # an answer was had, but nobody there knows (this) run
+TOLD_AFTER_S: Final = 4.0
 FIND_ASSETS_S: Final = 300.0
 
 
@@ -86,30 +91,52 @@ class Connector:
 
 async def find_manifest(
     directory: Directory, wanted: str | None, default: Callable[[], Manifest],
-    emit: ev.Listener, *, find_s: float = FIND_RUN_S, empty_s: float = EMPTY_S,
+    emit: ev.Listener, remembered: Manifest | None = None,
+    *, find_s: float = FIND_RUN_S, empty_s: float = EMPTY_S,
 ) -> tuple[Manifest, bool]:  # fmt: skip
     """The manifest of the run to join: `wanted` (an id or its beginning), or the only one there.
 
-    Where nobody announces any run, `default()` is started: the flag says so.
+    Where several are there, or none is, `remembered` is meant: the run that this seat was in last.
+    Where nobody announces any run and none is remembered, `default()` is started: the flag says so.
 
     Raises:
         RunNotFoundError: nobody knows `wanted`; or several runs exist and none was chosen.
     """
-    begun_s = time.monotonic()
+    begun_s = empty_since_s = time.monotonic()
+    own = None if remembered is None or wanted is not None else remembered.run_id()
     found: list[RunNotice] = []
+    told = False
     while True:
         spent_s = time.monotonic() - begun_s
         found = await directory.runs()
-        choice = _choose(found, wanted)
+        if found:
+            empty_since_s = time.monotonic()
+        if remembered is not None and any(notice.run == own for notice in found):
+            return remembered, False
+        # Ours may be announced again in a moment, and others just be there, too.
+        choice = _choose(found, wanted) if own is None or spent_s > empty_s else None
         if choice is not None:
             data = await directory.manifest(choice)
             if data is not None:
                 return Manifest.from_canonical(data), False
-        if choice is None and not found and wanted is None and spent_s > empty_s:
+        if wanted is None and time.monotonic() - empty_since_s > empty_s:
+            if remembered is not None:
+                emit(ev.Notice("info", f"nobody trains here: going on with {remembered.name!r}"))
+                return remembered, False
             emit(ev.Notice("info", "nobody trains here yet: starting the default run"))
             return default(), True
         if spent_s > find_s:
             break
+        if not told and spent_s > TOLD_AFTER_S:
+            told = True
+            missed = repr(remembered.name) if own and remembered is not None else "the run"
+            emit(
+                ev.Notice(
+                    "info",
+                    f"{missed} is not announced here yet; looking for {empty_s:g} s, as those who"
+                    f" train announce theirs every {NOTICE_REFRESH_S:g} s",
+                )
+            )
         await asyncio.sleep(0.3)
     known = ", ".join(f"{n.run[:12]} ({n.name}, {n.peers} peers)" for n in found) or "none"
     if wanted is None:
@@ -212,3 +239,12 @@ def saved_manifest(folder: Path) -> Manifest | None:
     except OSError:
         return None
     return Manifest.from_canonical(data)
+
+
+def readable_manifest(seat: Seat, run: RunId) -> Manifest | None:
+    """`saved_manifest`, or None where another version wrote it: who looks for a run needs none."""
+    with contextlib.suppress(ManifestError):
+        manifest = saved_manifest(seat.run_folder(run))
+        if manifest is not None and manifest.run_id() == run:
+            return manifest
+    return None

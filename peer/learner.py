@@ -25,13 +25,16 @@ from peer.errors import StorageError
 from peer.exchange import Outcome
 from peer.observe import events as ev
 from peer.own_work import OwnWork
+from peer.state_chunks import StateGrid
 from peer.train.dylu import Speeds
 from peer.train.method import ArrayMap, DataSource, Method
 from peer.train.mixtable import MixTable
+from peer.train.questions import Questions
+from peer.train.scoring import Score
 from peer.train.shared import SharedStream
 from peer.train.stream import BlockStream
-from peer.train.trainer import Stats, Trainer
-from peer.transfer import Snapshot, TensorNote, describe
+from peer.train.trainer import Stats, Trainer, Training
+from peer.transfer import Snapshot
 from protocols import limits
 from protocols.blocks import BlockRange, BlockReport
 from protocols.ledger import Counted, Entry, entries_of
@@ -100,13 +103,17 @@ class TrainerLearner:
         checkpoint_every: int,
         own_data: bool = False,
         local_steps: int = 0,
+        training: Training = Trainer,
+        questions: Callable[[DataSource | None], Questions | None] = lambda _: None,
     ) -> None:
         """`own_data`: the blocks are files of this peer's own, so no ledger is kept of them.
         `local_steps`: of the fastest peer between its contributions, where each contributes when
-        it has done its part (asynchronous runs); 0: everybody in every round."""
+        it has done its part (asynchronous runs); 0: everybody in every round. `training`: what
+        makes the steps. `questions`: makes those that the group scores between its peers, out of
+        the data's source; called in the training thread."""
         self.round = 0
         self.digest = Digest(b"")
-        self.tensors: tuple[TensorNote, ...] = ()
+        self.grid = StateGrid({})
         self.restored = False
         """Whether the state came from disk and so has history of its own."""
         self._me = me
@@ -121,13 +128,18 @@ class TrainerLearner:
         self._seed = seed
         self._checkpoint_every = checkpoint_every
         self._saved_round = -1
+        self._replaced = False
+        """A donor's state took the place of what is on disk, and is not there yet."""
         self._trouble = ""
         self._saving = asyncio.Lock()
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="disk")
         self._stream: BlockStream | SharedStream | None = None
         self._source: DataSource | None = None
-        self._trainer = Trainer(self._build_all, threads=threads)
+        self._trainer = training(self._build_all, threads=threads)
         self._validation: list[torch.Tensor] | None = None
+        self._make_questions = questions
+        self._questions: Questions | None = None
+        self._has_questions = True  # as far as is known
         self._life = Stats()
         self._local_steps = local_steps
         self._speeds = Speeds()
@@ -148,13 +160,18 @@ class TrainerLearner:
         if loaded is None:
             for reason in skipped:
                 self._emit(ev.Notice("warning", f"passed over a damaged checkpoint: {reason}"))
-            self.tensors, self.digest = await self._trainer.run(_layout)
+            self.grid, self.digest = await self._trainer.run(_layout)
             return
 
         kept = loaded.inner.pop(LEDGER, None)
 
         def restore(method: Method) -> int:
-            method.load_state(loaded.arrays)
+            try:
+                method.load_state(loaded.arrays)
+            except ValueError as error:
+                raise StorageError(
+                    f"{loaded.path} is no state of this run ({error}); move it away and join again"
+                ) from None
             method.load_inner_state(loaded.inner)
             if kept is not None:
                 self._adopt(kept.tobytes())
@@ -176,7 +193,7 @@ class TrainerLearner:
         self.round = loaded.round + replayed
         self._saved_round = loaded.round
         self.restored = True
-        self.tensors, self.digest = await self._trainer.run(_layout)
+        self.grid, self.digest = await self._trainer.run(_layout)
         self._emit(ev.CheckpointLoaded(self.round, loaded.path, replayed, skipped))
 
     def _build_all(self) -> tuple[Method, BlockStream | SharedStream]:
@@ -293,22 +310,28 @@ class TrainerLearner:
         mine = self._own_work.inside(number, outcomes, self._me)
         entries = entries_of(outcome.header for outcome in outcomes)
 
-        def step(method: Method) -> tuple[Digest, Counted | None] | None:
-            if self.round != number:
+        bases = {outcome.header.base for outcome in outcomes if outcome.header.base}
+
+        def step(method: Method) -> tuple[Digest, Counted | None, str] | None:
+            if self.round != number or not bases <= {self.digest}:
                 return None
             method.apply(units, mine, method.fragments.of(number).start)
             self.round = number + 1
             self.digest = Digest(method.digest())
             stream = self._stream
             counted = stream.apply(number, entries) if isinstance(stream, SharedStream) else None
-            return self.digest, counted
+            if not (method.carries or method.owes() or mine.all()) and stream is not None:
+                stream.drop()  # what missed this outcome is lost, and so trained again
+            return self.digest, counted, method.refusal
 
         done = await self._trainer.run(step)
         if done is None:
             return None
         if self._local_steps:
             self._speeds.applied(number, weights_of(outcomes))
-        digest, counted = done
+        digest, counted, refusal = done
+        if refusal:
+            self._emit(ev.PeerRefused(outcomes[0].signed.signer, refusal))
         group = outcomes[0].header.group if outcomes else GroupName("")
         note = _note(group, plan.epoch if plan is not None else 0, entries)
         if self._saved_round >= 0:
@@ -334,6 +357,22 @@ class TrainerLearner:
 
         return await self._trainer.run(look)
 
+    async def score(self, index: int, count: int) -> Score | None:
+        """What the outer parameters score in the share of the questions of the peer with this index
+        of so many; None where there are no questions."""
+
+        def look(method: Method) -> Score | None:
+            if self._questions is None and self._has_questions:
+                self._questions = self._make_questions(self._source)
+                self._has_questions = self._questions is not None
+            outer_model = getattr(method, "outer_model", None)
+            if self._questions is None or outer_model is None:
+                return None
+            with outer_model() as model:
+                return self._questions.score(model, index, count)
+
+        return await self._trainer.run(look)
+
     # ── states ───────────────────────────────────────────────────────────────────────────
     async def snapshot(self) -> Snapshot:
         def look(method: Method) -> Snapshot:
@@ -345,10 +384,14 @@ class TrainerLearner:
 
     async def load(self, state: Snapshot, step_back: bool, parted: int | None = None) -> bool:
         own = [(n, tokens) for n, tokens in self._tokens if parted is not None and n >= parted]
-        learned = sum(tokens for _, tokens in own)
+        # Where work holds for one state only, there is nothing to keep of the other half's.
+        learned = sum(tokens for _, tokens in own) if self._trainer.method.carries else 0
         rounds = max(1, state.round - parted) if parted is not None else 0
 
+        reason = ""
+
         def replace(method: Method) -> bool:
+            nonlocal reason
             if state.round < self.round and not step_back:
                 return False
             before = method.state()
@@ -357,10 +400,12 @@ class TrainerLearner:
                     method.reconcile(state.arrays, float(learned), rounds)
                 else:
                     method.load_state(state.arrays)
-            except ValueError:
+            except ValueError as error:
+                reason = str(error)
                 return False
             if method.digest() != state.digest:
                 method.load_state(before)
+                reason = "it is not what its digest says"
                 return False
             self._adopt(state.ledger, state.at_work)
             if isinstance(self._stream, SharedStream):
@@ -369,14 +414,21 @@ class TrainerLearner:
             return True
 
         if not await self._trainer.run(replace):
+            if reason and state.donor is not None:
+                self._emit(ev.PeerRefused(state.donor, f"its state: {reason}"))
             return False
         self._own_work.forget()
         if parted is not None and learned > 0:
             self._emit(ev.Reconciled(state.round, parted, float(learned)))
-        await self.save(replace=True)
+        # What is on disk is of a history that is ours no more: nothing may be added to that.
+        self._saved_round, self._replaced = -1, True
         return True
 
-    async def save(self, *, replace: bool = False) -> SavedInfo | None:
+    async def after_load(self) -> None:
+        if self._replaced:
+            await self.save()
+
+    async def save(self) -> SavedInfo | None:
         """Write a full checkpoint; None (and a notice) if the disk would not take it."""
 
         def copy(method: Method) -> tuple[int, Digest, ArrayMap, ArrayMap, dict[str, Any]]:
@@ -390,15 +442,20 @@ class TrainerLearner:
 
         async with self._saving:
             number, digest, arrays, inner, stream = await self._trainer.run(copy)
+            replace = self._replaced
             if number == 0 or (number == self._saved_round and not replace):
                 return None  # a fresh start on disk would pass for history
             facts = {"digest": digest.hex(), **stream}
+            # The disk does one thing after another: rounds applied from now on go after this.
+            before = self._saved_round
+            self._saved_round, self._replaced = number, False
             info = await self._try_disk(
                 functools.partial(self._store.save, number, arrays, inner, facts, replace=replace)
             )
             if info is not None:
-                self._saved_round = number
                 self._emit(ev.CheckpointSaved(number, info.path, info.bytes, info.seconds))
+            elif self._saved_round == number:  # no other state has come meanwhile
+                self._saved_round, self._replaced = before, replace
             return info
 
     def _ledger(self) -> bytes:
@@ -455,5 +512,5 @@ def weights_of(outcomes: list[Outcome]) -> dict[PeerId, float]:
     }
 
 
-def _layout(method: Method) -> tuple[tuple[TensorNote, ...], Digest]:
-    return describe(method.state()), Digest(method.digest())
+def _layout(method: Method) -> tuple[StateGrid, Digest]:
+    return method.grid, Digest(method.digest())

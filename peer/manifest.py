@@ -17,10 +17,17 @@ import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal, Self
 
 from peer.errors import ManifestError, VersionError
+from peer.manifest_checks import above_zero as _above_zero
+from peer.manifest_checks import between as _between
+from peer.manifest_checks import need as _need
+from peer.manifest_checks import short as _short
+from peer.manifest_evaluation import EvaluationSpec
+from peer.manifest_zeroth import ZerothSpec
 from protocols import limits
 from protocols.types import RunId
 from tensorcodecs import CODEC_NAMES, get_codec
@@ -63,28 +70,12 @@ CONFIG_OTHERS: Final = frozenset({
 """The other keys that a model config may have. Left out on purpose: whatever names code, kernels
 or places (`auto_map`, `attn_implementation`, `quantization_config`, `_name_or_path`)."""
 
+KINDS: Final = ("dense", "lowrank", "seeds", "sparse")
+"""Of contributions to a hybrid run."""
+
 _ASSET_NAME: Final = re.compile(r"(model|tokenizer|data)/[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _DATASET_NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _LABEL: Final = re.compile(r"[\w .:+-]{1,64}")
-
-
-def _need(holds: bool, where: str, rule: str, got: object) -> None:
-    if not holds:
-        raise ManifestError(f"{where}: {rule} (got {_short(got)}); correct it and try again")
-
-
-def _short(value: object) -> str:
-    text = f"{value:g}" if isinstance(value, float) else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _between(where: str, value: float, low: float, high: float) -> None:
-    _need(low <= value <= high, where, f"must be {low:g} to {high:g}", value)
-
-
-def _above_zero(where: str, value: float, high: float) -> None:
-    _need(value > 0, where, "must be > 0", value)
-    _need(value <= high, where, f"must be at most {high:g}", value)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,13 +125,15 @@ class ModelSpec:
 class DataSpec:
     """What it is trained on, and how that is cut into blocks that peers share out."""
 
-    source: Literal["stdlib", "text", "jsonl", "parquet", "hf"] = "stdlib"
+    source: Literal["stdlib", "text", "jsonl", "parquet", "hf", "chat"] = "stdlib"
     """`stdlib` is the text of this Python's own modules: it differs a little between Python
-    versions, which is fine, because blocks are shared out by number."""
+    versions, which is fine, because blocks are shared out by number. `chat`: questions and answers,
+    of which the answers are learned (`peer.train.chat`)."""
     paths: tuple[str, ...] = ()
     """Names of data assets. Empty: each peer brings its own files (`--data`)."""
     fields: tuple[str, ...] = ("text",)
-    """jsonl, parquet, hf: the fields or columns to read, joined by a line feed."""
+    """jsonl, parquet, hf: the fields or columns to read, joined by a line feed. chat knows its
+    own."""
     dataset: str = ""
     """hf: OWNER/NAME of a dataset on the Hugging Face hub."""
     subset: str = ""
@@ -152,7 +145,8 @@ class DataSpec:
     block_samples: int = 32
     """Samples in a block, roughly: a block is a range of text about that long."""
     validation_share: float = 0.02
-    """Share of the blocks (for stdlib: of the files) that is held out, never trained on."""
+    """Share of the blocks (for stdlib: of the files, for chat: of the rows) that is held out, never
+    trained on."""
     validation_samples: int = 64
     """At most this many held-out samples are evaluated."""
 
@@ -161,6 +155,9 @@ class DataSpec:
             good = path.startswith("data/") and _ASSET_NAME.fullmatch(path) is not None
             _need(good, "data.paths", "must name data assets", path)
         _need(len(self.paths) <= limits.ASSETS_MAX, "data.paths", "too many", len(self.paths))
+        _need(self.source != "chat" or self.fields == ("text",), "data.fields",
+              "must be left out for chat, whose rows say by their keys what they are",
+              self.fields)  # fmt: skip
         _need(1 <= len(self.fields) <= 8, "data.fields", "must be 1 to 8 names", self.fields)
         for name in self.fields:
             _need(0 < len(name) <= 128, "data.fields", "must be names of 1 to 128 characters", name)
@@ -179,16 +176,28 @@ class DataSpec:
 class MethodSpec:
     """How local work becomes a contribution."""
 
-    kind: Literal["pretrain", "lora"] = "pretrain"
-    """`pretrain`: all weights, by pseudo-gradients. `lora`: low-rank adapters on frozen weights."""
+    kind: Literal["pretrain", "lora", "hybrid", "zo"] = "pretrain"
+    """`pretrain`: all weights, by pseudo-gradients. `lora`: low-rank adapters on frozen weights.
+    `hybrid`: the same, but each peer trains by its own means (`peer.train.hybrid`). `zo`: zeroth
+    order, adapters or all weights, by forward passes alone (section `zeroth`)."""
     rank: int = 8
-    """lora: the rank of every adapter."""
+    """lora, zo: the rank of every adapter. hybrid: of the common state, and the most that a peer
+    may send."""
     alpha: float = 16.0
-    """lora: adapters are scaled by alpha / rank."""
+    """lora, hybrid, zo: adapters are scaled by alpha / rank, a hybrid peer's by its own rank."""
     targets: tuple[str, ...] = ()
-    """lora: names of the layers that get an adapter (ends of module names); empty: all linear."""
+    """lora, hybrid, zo: names of layers that get an adapter (ends of module names); empty: all
+    linear."""
     dropout: float = 0.0
-    """lora: dropout on the adapters' input."""
+    """lora, hybrid: dropout on the adapters' input."""
+    aggregate: Literal["exact", "fedit"] = "exact"
+    """lora: `exact`: products are averaged. `fedit`: A and B, each by itself, as a baseline."""
+    admit: tuple[str, ...] = ("dense", "lowrank", "seeds", "sparse")
+    """hybrid: kinds of contributions that count (`peer.finetune.coded`)."""
+    effective_dim: float = 100.0
+    """hybrid: d, in which a zeroth-order peer of P directions counts P / (d + P) of its tokens."""
+    seeds_lr: float = 0.01
+    """hybrid: how far a zeroth-order peer goes in a step, in each value of B, at warm-up's end."""
 
     def __post_init__(self) -> None:
         _between("method.rank", self.rank, 1, 1024)
@@ -199,14 +208,20 @@ class MethodSpec:
             good = re.fullmatch(r"\w[\w.]{0,127}", name, re.ASCII) is not None
             _need(good, "method.targets", "must be names of modules", name)
         _between("method.dropout", self.dropout, 0, 0.9)
+        some = bool(self.admit) and list(self.admit) == sorted(set(self.admit) & set(KINDS))
+        _need(some, "method.admit", f"must be some of {_list(KINDS)}, in this order", self.admit)
+        _need(self.aggregate == "exact" or self.kind == "lora", "method.aggregate",
+              f"must be exact for {self.kind}", self.aggregate)  # fmt: skip
+        _between("method.effective_dim", self.effective_dim, 0, 1e12)
+        _above_zero("method.seeds_lr", self.seeds_lr, 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InnerSpec:
-    """AdamW, each peer on its own between rounds."""
+    """AdamW, each peer on its own between rounds. zo takes `lr` and `batch_size` of it alone."""
 
     lr: float = 1e-3
-    """Learning rate after the warm-up."""
+    """Learning rate after the warm-up; zo: of every step."""
     betas: tuple[float, ...] = (0.9, 0.95)
     """Decay of the first and second moment."""
     weight_decay: float = 0.1
@@ -217,6 +232,23 @@ class InnerSpec:
     """Inner steps over which a peer's learning rate rises from zero."""
     batch_size: int = 8
     """Samples in an inner step."""
+    ends: str = ""
+    """When learning ends, as ISO 8601 with a time zone ("2027-01-31T00:00:00Z"): by then every
+    peer's learning rate is zero, and what keeps the groups apart goes away. "": never."""
+    cooldown_s: float = 0.0
+    """Seconds before `ends` over which the learning rate falls, in a straight line."""
+
+    def rate_at(self, unix_s: float) -> float:
+        """Share of `lr` that counts at a calendar time, beside the warm-up: 1, and 0 at the end.
+
+        By the calendar, as groups number their rounds each for itself, and peers come and go.
+        """
+        if not self.ends:
+            return 1.0
+        left_s = datetime.fromisoformat(self.ends).timestamp() - unix_s
+        if left_s <= 0 or self.cooldown_s == 0:
+            return float(left_s > 0)
+        return min(1.0, left_s / self.cooldown_s)
 
     def __post_init__(self) -> None:
         _above_zero("inner.lr", self.lr, 1)
@@ -227,6 +259,13 @@ class InnerSpec:
         _above_zero("inner.grad_clip", self.grad_clip, 1e6)
         _between("inner.warmup_steps", self.warmup_steps, 0, 10**7)
         _between("inner.batch_size", self.batch_size, 1, 65536)
+        _need(_is_moment(self.ends), "inner.ends",
+              "must be empty, or a date and time with its zone such as 2027-01-31T00:00:00Z",
+              self.ends)  # fmt: skip
+        _between("inner.cooldown_s", self.cooldown_s, 0, 10 * 365 * 86400)
+        _need(self.cooldown_s == 0 or bool(self.ends), "inner.cooldown_s",
+              "needs `ends`: a learning rate that falls must know until when",
+              self.cooldown_s)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -362,9 +401,11 @@ class Manifest:
     model: ModelSpec
     data: DataSpec = field(default_factory=DataSpec)
     method: MethodSpec = field(default_factory=MethodSpec)
+    zeroth: ZerothSpec = field(default_factory=ZerothSpec)
     inner: InnerSpec = field(default_factory=InnerSpec)
     outer: OuterSpec = field(default_factory=OuterSpec)
     schedule: ScheduleSpec = field(default_factory=ScheduleSpec)
+    evaluation: EvaluationSpec = field(default_factory=EvaluationSpec)
     codec: CodecSpec = field(default_factory=CodecSpec)
     group: GroupSpec = field(default_factory=GroupSpec)
     assets: tuple[Asset, ...] = ()
@@ -377,8 +418,26 @@ class Manifest:
         _need(good, "name", "must be 1 to 64 letters, digits, spaces or . : + - _", self.name)
         _need(self.min_version >= 1, "min_version", "must be at least 1", self.min_version)
         _need(self.method.kind == "pretrain" or not self.schedule.gossip_every,
-              "schedule.gossip_every", "must be 0 for lora: groups of it can't be mixed yet",
+              "schedule.gossip_every",
+              f"must be 0 for {self.method.kind}: groups of it can't be mixed yet",
               self.schedule.gossip_every)  # fmt: skip
+        if self.method.kind == "hybrid":
+            for where, value, only in (
+                ("schedule.fragments", self.schedule.fragments, 1),
+                ("outer.tau", self.outer.tau, 0),
+                ("outer.alpha", self.outer.alpha, 0.0),
+            ):
+                _need(value == only, where, f"must be {only:g} for hybrid", value)
+        if self.method.kind == "zo":
+            _need(self.schedule.fragments == 1, "schedule.fragments",
+                  "must be 1 for zo, whose contribution is one piece",
+                  self.schedule.fragments)  # fmt: skip
+            _need(not self.outer.asynchronous, "outer.asynchronous",
+                  "must be false for zo: what a peer measures holds for one round",
+                  self.outer.asynchronous)  # fmt: skip
+            _need(not self.inner.ends, "inner.ends",
+                  "must be empty for zo, whose learning rate is the same in every round",
+                  self.inner.ends)  # fmt: skip
         _need(not self.outer.asynchronous or self.schedule.fragments == 1,
               "schedule.fragments", "must be 1 where outer.asynchronous is true: who contributes to"
               " every second round would always meet the same fragment",
@@ -389,6 +448,16 @@ class Manifest:
         _need(names == sorted(set(names)), "assets", "must be in order, each name once", names)
         for path in self.data.paths:
             _need(path in names, "data.paths", "must name assets of this run", path)
+        for path in self.evaluation.paths:
+            _need(path in names and path not in self.data.paths, "evaluation.paths",
+                  "must name assets of this run that nobody trains on", path)  # fmt: skip
+        if self.evaluation.rows:
+            _need(self.schedule.evaluate_every > 0, "schedule.evaluate_every",
+                  "must be at least 1 where evaluation.rows is",
+                  self.schedule.evaluate_every)  # fmt: skip
+            _need(bool(self.evaluation.paths) or self.data.source == "chat", "evaluation.paths",
+                  "must name files of questions: only chat data holds some out",
+                  self.evaluation.paths)  # fmt: skip
         if self.model.tokenizer == "file":
             _need("tokenizer/tokenizer.json" in names, "model.tokenizer",
                   "needs the asset tokenizer/tokenizer.json", names)  # fmt: skip
@@ -482,6 +551,16 @@ def default_manifest() -> Manifest:
         # hundreds) overshoots: the loss of the first minutes was higher with 1, 2, 4 and 8 peers.
         outer=OuterSpec(lr=0.7, momentum=0.5),
     )
+
+
+def _is_moment(text: str) -> bool:
+    """Whether a moment is meant, by everybody the same; or none at all."""
+    if not text:
+        return True
+    try:
+        return len(text) <= 40 and datetime.fromisoformat(text).tzinfo is not None
+    except ValueError:
+        return False
 
 
 def load(raw: object, *, lenient_numbers: bool = False) -> Manifest:

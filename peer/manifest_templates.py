@@ -44,7 +44,7 @@ max_position_embeddings = 1024
 tie_word_embeddings = true
 
 [data]
-source = "stdlib"       # this Python's own sources; or text, jsonl, parquet, hf
+source = "stdlib"       # this Python's own sources; or text, jsonl, parquet, hf, chat
 # paths = ["books", "more.txt"]  # files or folders; up to 16 MiB in all travel to joiners,
 #                                # of larger data each peer brings its own (--data)
 # fields = ["text"]              # jsonl, parquet, hf: what to read of each record
@@ -55,7 +55,7 @@ validation_share = 0.02 # held out, never trained on
 validation_samples = 64 # at most this many are evaluated
 
 [method]
-kind = "pretrain"       # all weights; `run new --method lora` shows the other kind
+kind = "pretrain"       # all weights; `run new --method` lora, hybrid and zo show other kinds
 
 [inner]                 # AdamW, each peer on its own
 lr = 2e-3
@@ -78,7 +78,7 @@ name = "q4"             # how updates travel: 3.1 bits a value; or low, min, hig
 LORA_TEMPLATE: Final = """\
 # A finetuning run of Murmuration: low-rank adapters on frozen weights. Check it, then start it:
 #     python -m peer run check FILE
-#     python -m peer run start FILE
+#     python -m peer run start FILE --data FILES
 # Paths are relative to this file. Others get hashes and file contents, never your paths.
 
 name = "my finetuning"
@@ -100,11 +100,14 @@ max_position_embeddings = 1024
 tie_word_embeddings = true
 
 [data]
-source = "stdlib"       # or text, jsonl, parquet, hf
-# paths = ["train.jsonl"]            # up to 16 MiB travel to joiners; else each brings its own
-# fields = ["question", "answer"]    # of each record, joined by a line feed
-sequence_length = 256
+source = "chat"         # questions and answers, of which the answers are learned: JSONL with
+#                         messages, conversations, instruction and output, prompt and completion,
+#                         or question and answer; or plain text, jsonl, parquet, hf, stdlib
+# paths = ["train.jsonl"]            # files or folders; up to 16 MiB travel to joiners. Without,
+#                                    # each peer brings its own: --data FILES
+sequence_length = 512   # tokens in a sample; short conversations share one, long ones take several
 block_samples = 8
+validation_share = 0.02 # of the rows, by the hash of what they ask; never trained on
 
 [method]
 kind = "lora"
@@ -112,6 +115,11 @@ rank = 8                # the rank of every adapter
 alpha = 16.0            # adapters are scaled by alpha / rank
 # targets = ["q_proj", "v_proj"]     # layers that get an adapter; left out: all linear ones
 dropout = 0.0
+
+[evaluation]            # what the group's members score between them, every evaluate_every rounds
+rows = 32               # at most, each; 0: nobody does
+# paths = ["questions.jsonl"]        # that nobody trains on; left out: what each holds out
+answer_tokens = 0       # to count exact matches: the longest answer that the model may give
 
 [inner]                 # AdamW, each peer on its own
 lr = 5e-4
@@ -121,3 +129,88 @@ batch_size = 4
 """ + _COMMON_TAIL.replace(
     "GOSSIP", "gossip_every = 0        # groups of adapters can't be mixed yet\n"
 )
+
+HYBRID_TEMPLATE: Final = (
+    LORA_TEMPLATE.replace(
+        "# A finetuning run of Murmuration: low-rank adapters on frozen weights.",
+        "# A finetuning run of Murmuration to which each peer adds by its own means.",
+    )
+    .replace('name = "my finetuning"', 'name = "my hybrid finetuning"')
+    .replace(
+        """kind = "lora"
+rank = 8                # the rank of every adapter
+alpha = 16.0            # adapters are scaled by alpha / rank
+""",
+        """kind = "hybrid"         # each peer trains what it can afford, or what its --method says:
+#                         lora:RANK, zo:P (without gradients, P directions a step), full
+rank = 8                # of what comes out, and the most that a peer may send
+alpha = 16.0            # a peer's adapters are scaled by alpha / its own rank
+admit = ["dense", "lowrank", "seeds", "sparse"]  # what may be sent: full, lora, zo, full
+effective_dim = 100.0   # d: a zo peer counts P / (d + P) of its tokens
+seeds_lr = 0.01         # how far a zo peer goes in a step
+""",
+    )
+    .replace(
+        """
+[schedule]""",
+        """
+[codec]
+name = "q4"             # how what peers add travels, 3.1 bits a value; fp32: exactly
+
+[schedule]""",
+    )
+)
+
+ZO_TEMPLATE: Final = """\
+# A zeroth-order run of Murmuration: finetuning by forward passes alone, in the memory that it takes
+# to run the model; a round costs each peer a hundred bytes. Check it, then start it:
+#     python -m peer run check FILE
+#     python -m peer run start FILE
+# Paths are relative to this file. Others get hashes and file contents, never your paths.
+
+name = "my phones"
+
+[model]
+# folder = "path/to/a/saved/model"   # what save_pretrained wrote: config.json, *.safetensors and
+#                                    # tokenizer.json. Use it instead of [model.config], which is
+#                                    # an untrained stand-in that lets this file start as it is.
+seed = 0                # of all directions too
+
+[model.config]
+model_type = "llama"
+vocab_size = 320
+hidden_size = 128
+intermediate_size = 344
+num_hidden_layers = 2
+num_attention_heads = 4
+max_position_embeddings = 1024
+tie_word_embeddings = true
+
+[data]
+source = "stdlib"       # this Python's own sources; or chat (questions and answers), text, jsonl,
+#                         parquet, hf
+# paths = ["train.jsonl"]            # files or folders; up to 16 MiB travel to joiners. Without,
+#                                    # each peer brings its own: --data FILES
+sequence_length = 128   # tokens in a sample
+block_samples = 8
+validation_share = 0.02 # held out, never trained on
+
+[method]
+kind = "zo"
+rank = 8                # of every adapter
+alpha = 16.0            # adapters are scaled by alpha / rank
+# targets = ["q_proj", "v_proj"]     # layers that get an adapter; left out: all linear ones
+
+[zeroth]
+estimator = "decomfl"   # new directions in each round; or kseed, a fixed pool of them
+adapters = true         # false: all weights
+perturbations = 8       # directions in a local step, two runs of the model each
+steps = 1               # local steps; perturbations x steps scalars travel, two bytes each
+eps = 1e-2              # how far along a direction the loss is measured; 1e-3 for all weights
+noise = "gaussian"      # or rademacher, which is quicker
+reduction = "mean"      # by tokens; or median or trimmed, which a few liars can't move far
+
+[inner]
+lr = 0.01               # of this stand-in. For adapters of a real model 1e-4, for all weights 1e-6
+batch_size = 8          # samples behind each scalar
+""" + _COMMON_TAIL.replace("GOSSIP", "gossip_every = 0        # groups of logs can't be mixed\n")

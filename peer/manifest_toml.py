@@ -23,8 +23,13 @@ from protocols import limits
 DATA_ASSET_BYTES_MAX: Final = 16 * 2**20  # larger data is not shipped: each peer brings its own
 DATA_SUFFIXES: Final[Mapping[str, tuple[str, ...]]] = {
     "text": (), "jsonl": (".jsonl", ".ndjson", ".json"), "parquet": (".parquet",),
+    "chat": (".jsonl", ".ndjson", ".json"),
 }  # fmt: skip
 """Which files of a folder are data; none named: all of them."""
+
+
+Content = Path | bytes
+"""An asset's: on disk, or made up here."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,8 +37,8 @@ class Draft:
     """A manifest with what its owner has on disk for it."""
 
     manifest: Manifest
-    files: dict[str, Path]
-    """Asset name -> the local file with those bytes."""
+    files: dict[str, Content]
+    """Asset name -> its bytes, or the local file with them."""
     data: tuple[Path, ...]
     """The owner's own data files (`data.paths` of the TOML), for `build_data`."""
 
@@ -51,17 +56,19 @@ def read_toml(text: str, folder: Path) -> Draft:
         raise ManifestError(f"not TOML: {error}; correct that line and try again") from None
     if "assets" in raw:
         raise ManifestError("assets: is filled in by the program; take it out of the file")
-    model, data = (_table(raw, name) for name in ("model", "data"))
-    files: dict[str, Path] = {}
+    model, data, evaluation = (_table(raw, name) for name in ("model", "data", "evaluation"))
+    files: dict[str, Content] = {}
     _take_model(model, folder, files)
-    _take_tokenizer(model, folder, files)
+    chat = data.get("source") == "chat" or bool(evaluation.get("paths"))
+    _take_tokenizer(model, folder, files, chat=chat)
     own_data = _take_data(data, folder, files)
-    raw["model"], raw["data"] = model, data
+    _take_questions(evaluation, folder, files)
+    raw["model"], raw["data"], raw["evaluation"] = model, data, evaluation
     raw["assets"] = [_asset(name, files[name]) for name in sorted(files)]
     return Draft(manifest=load(raw, lenient_numbers=True), files=files, data=own_data)
 
 
-def stage_assets(files: Mapping[str, Path], folder: Path) -> None:
+def stage_assets(files: Mapping[str, Content], folder: Path) -> None:
     """Put files under their asset names into `folder`, by hard link where that works.
 
     Raises:
@@ -73,6 +80,10 @@ def stage_assets(files: Mapping[str, Path], folder: Path) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             partial = target.with_name(target.name + ".partial")
             partial.unlink(missing_ok=True)
+            if isinstance(source, bytes):
+                partial.write_bytes(source)
+                partial.replace(target)
+                continue
             try:
                 os.link(source, partial)
             except OSError:  # another disk, or a file system without hard links
@@ -124,7 +135,7 @@ def _text(table: dict[str, Any], section: str, key: str) -> str:
     return value
 
 
-def _take_model(model: dict[str, Any], folder: Path, files: dict[str, Path]) -> None:
+def _take_model(model: dict[str, Any], folder: Path, files: dict[str, Content]) -> None:
     """Replace `model.folder` by its config and its weights."""
     if "folder" not in model:
         return
@@ -162,7 +173,9 @@ def _take_model(model: dict[str, Any], folder: Path, files: dict[str, Path]) -> 
         model["tokenizer"] = str((root / "tokenizer.json").absolute())
 
 
-def _take_tokenizer(model: dict[str, Any], folder: Path, files: dict[str, Path]) -> None:
+def _take_tokenizer(
+    model: dict[str, Any], folder: Path, files: dict[str, Content], *, chat: bool
+) -> None:
     if model.get("tokenizer", "bytes") == "bytes":
         return
     path = folder / _text(model, "model", "tokenizer")
@@ -171,13 +184,20 @@ def _take_tokenizer(model: dict[str, Any], folder: Path, files: dict[str, Path])
     if not path.is_file():
         raise ManifestError(f"model.tokenizer: {path} does not exist; name a tokenizer.json")
     files["tokenizer/tokenizer.json"] = path
-    extra = path.with_name("tokenizer_config.json")
-    if extra.is_file():
-        files["tokenizer/tokenizer_config.json"] = extra
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        if path.with_name(name).is_file():
+            files[f"tokenizer/{name}"] = path.with_name(name)
+    if chat:
+        # The template is run here, on its owner's machine; joiners get what it amounts to.
+        from peer.train.chat_format import FILE_NAME
+        from peer.train.template import format_of
+        from peer.train.tokens import FileTokenizer
+
+        files[f"tokenizer/{FILE_NAME}"] = format_of(path, FileTokenizer(path)).to_json()
     model["tokenizer"] = "file"
 
 
-def _take_data(data: dict[str, Any], folder: Path, files: dict[str, Path]) -> tuple[Path, ...]:
+def _take_data(data: dict[str, Any], folder: Path, files: dict[str, Content]) -> tuple[Path, ...]:
     """Replace `data.paths` by assets where the files are small; return the files themselves."""
     paths = data.pop("paths", [])
     if not isinstance(paths, list) or not all(isinstance(p, str) and p for p in paths):
@@ -185,7 +205,8 @@ def _take_data(data: dict[str, Any], folder: Path, files: dict[str, Path]) -> tu
     source = data.get("source", "stdlib")
     if paths and source not in DATA_SUFFIXES:
         raise ManifestError(
-            f"data.paths: must be empty for {source!r}; set data.source to text, jsonl or parquet"
+            f"data.paths: must be empty for {source!r}; set data.source to text, jsonl, parquet or"
+            " chat"
         )
     found = data_files([folder / path for path in paths], str(source))
     total = sum(file.stat().st_size for file in found)
@@ -197,11 +218,35 @@ def _take_data(data: dict[str, Any], folder: Path, files: dict[str, Path]) -> tu
     return found
 
 
-def _asset(name: str, path: Path) -> dict[str, Any]:
-    size = path.stat().st_size
+def _take_questions(evaluation: dict[str, Any], folder: Path, files: dict[str, Content]) -> None:
+    """Replace `evaluation.paths` by assets: everybody must have the same questions."""
+    if "paths" not in evaluation:
+        return
+    paths = evaluation["paths"]
+    if not isinstance(paths, list) or not all(isinstance(p, str) and p for p in paths):
+        raise ManifestError(
+            f"evaluation.paths: must be a list of paths (got {paths!r}); correct it"
+        )
+    found = data_files([folder / path for path in paths], "chat")
+    total = sum(file.stat().st_size for file in found)
+    if total > DATA_ASSET_BYTES_MAX or len(found) > limits.ASSETS_MAX // 4:
+        raise DataError(
+            f"evaluation.paths: {len(found)} files of {total:,} bytes; at most"
+            f" {limits.ASSETS_MAX // 4} of {DATA_ASSET_BYTES_MAX:,} together travel to joiners:"
+            " take some rows"
+        )
+    named = {f"data/questions-{i:03d}": file for i, file in enumerate(found)}
+    files.update(named)
+    evaluation["paths"] = list(named)
+
+
+def _asset(name: str, content: Content) -> dict[str, Any]:
+    if isinstance(content, bytes):
+        return {"name": name, "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    size = content.stat().st_size
     if size == 0:
-        raise DataError(f"{path}: the file is empty; name one with content")
-    with path.open("rb") as file:
+        raise DataError(f"{content}: the file is empty; name one with content")
+    with content.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     Asset(name=name, sha256=digest, bytes=size)  # a bad name is said with the file at hand
     return {"name": name, "sha256": digest, "bytes": size}

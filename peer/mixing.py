@@ -521,6 +521,8 @@ class Mixing:
         stream = await self._open(to)
         try:
             mask = self.machine.debts.get(mix, 0)
+            if not mask:
+                return "later"  # it was settled while the stream was opened
             units = mask.to_bytes(-(-mask.bit_length() // 8), "little")
             await stream.send(HEADER, encode(DebtPush(self._run, debt.signed, units)))
             if await answer(stream) == HAVE:

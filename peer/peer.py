@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import math
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -24,10 +25,12 @@ from peer.addresses import check_addresses
 from peer.checkpoint import CheckpointStore
 from peer.config import PeerConfig
 from peer.control import ControlServer
+from peer.doctor.checkup import check_up
 from peer.driver import AppliedFacts, Driver
-from peer.errors import RunNotFoundError
+from peer.errors import DataError, RunNotFoundError, UsageError
 from peer.exchange import NO, Exchange, Outcome, refuse
 from peer.home import Seat, open_seat
+from peer.incoming import Incoming
 from peer.learner import TrainerLearner
 from peer.manifest import Manifest, default_manifest
 from peer.manifest_toml import stage_assets
@@ -39,9 +42,14 @@ from peer.observe.blocks import blocks_told
 from peer.observe.hub import Hub
 from peer.observe.jsonl import JsonlLog
 from peer.observe.metrics import Metrics, serve_http
+from peer.past import PastFile
 from peer.presence import Presence, PresenceConfig
-from peer.train.method import DataSource, Method
+from peer.scores import Scores
+from peer.train.means import Wish
+from peer.train.method import DataSource, Method, SummingReducer
+from peer.train.questions import build_questions
 from peer.train.shared import departed, shares_now
+from peer.train.trainer import Trainer, Training
 from peer.transfer import serve_asset
 from protocols.events import Leaving, RecordSeen, StateReady
 from protocols.gossip import GossipConfig, GossipMachine
@@ -59,6 +67,7 @@ Build = Callable[[Manifest, Path], tuple[Method, DataSource]]
 PROGRESS_S: Final = 1.0
 RETURN_WAIT_S: Final = 15.0  # a peer with a past looks for the others before it goes on alone
 GOODBYE_S: Final = 2.0
+END_LOOK_S: Final = 5.0  # between two looks at the calendar for the end of learning
 HAND_OVER_S: Final = 20.0  # the last work gets inside in this time, or goes to others
 LAST_WORDS_S: Final = 30.0  # an evaluation that has begun comes first; the thread is busy anyway
 
@@ -100,6 +109,7 @@ class Peer:
         self._left = asyncio.Event()
         self._changed = asyncio.Event()
         self._signer = signer
+        self.scores: Scores | None = None
         hub.listen(self._note)
 
     @property
@@ -148,10 +158,13 @@ class Peer:
             "round": self.round,
             "epoch": machine.epoch,
             "digest": self.digest.hex(),
+            "method": _facts(self._learner.method),
             "group": machine.group,
             "group_members": self.members,
             "coordinator": machine.coordinator(now_s),
             "dht_nodes": self.network.directory.size(),
+            "lane": getattr(self.network.transport, "status", dict)(),
+            "reach": getattr(self.network.transport, "reach_status", dict)(),
             "network": others,
         }
 
@@ -193,10 +206,12 @@ async def open_peer(
     hub: Hub | None = None,
     build: Build | None = None,
     network: NetworkFactory | None = None,
+    training: Training | None = None,
 ) -> AsyncIterator[Peer]:
     """Join (or start) a run and train for the block's length.
 
-    `build`: your own method and data source; `network`: another network than libp2p.
+    `build`: your own method and data source; `network`: another network than libp2p; `training`:
+    what makes the steps, on data that is in no ledger, where the peer does not by itself.
 
     Raises:
         PeerError: in an ExceptionGroup; what the owner can mend, with the next step.
@@ -221,6 +236,7 @@ async def open_peer(
         net: Network = await (network or _libp2p)(config, seat, signer, hub)
         await warming
         stack.push_async_callback(net.close)
+        metrics.lanes = getattr(net.transport, "counters", metrics.lanes)
         async with asyncio.TaskGroup() as tasks:
             connector = finding.Connector(
                 net.transport, net.directory, hub.emit, lambda a: _remember_via(seat, a)
@@ -234,7 +250,7 @@ async def open_peer(
             manifest, first = await _choose_run(config, seat, net, connector, bool(chores), hub)
             seat.remember(run=manifest.run_id())
             peer, driver, founded_ms = await _assemble(
-                config, seat, signer, hub, manifest, net, connector, first, build, stack
+                config, seat, signer, hub, manifest, net, connector, first, build, training, stack
             )
             if config.metrics_port is not None:
                 health = _health(peer)
@@ -243,9 +259,14 @@ async def open_peer(
                 )
                 hub.emit(ev.Notice("info", f"metrics at http://127.0.0.1:{port}/metrics"))
             await stack.enter_async_context(ControlServer(seat.control_path, _verbs(peer)))
+            metrics.method = functools.partial(_facts, peer._learner.method)
             keeper = _Keeper(config, peer, driver, founded_ms)
             chores += keeper.start(tasks)
             _announce(peer, config)
+            if via:
+                chores.append(
+                    tasks.create_task(_check_up(net.transport, connector, hub), name="check-up")
+                )
             polite = False
             try:
                 yield peer
@@ -296,7 +317,8 @@ async def _choose_run(
             )
         return default_manifest(), True
     await connector.answered.wait()
-    return await finding.find_manifest(net.directory, wanted, default_manifest, hub.emit)
+    before = None if remembered is None else finding.readable_manifest(seat, RunId(remembered))
+    return await finding.find_manifest(net.directory, wanted, default_manifest, hub.emit, before)
 
 
 def _remember_via(seat: Seat, address: str) -> None:
@@ -305,7 +327,8 @@ def _remember_via(seat: Seat, address: str) -> None:
 
 async def _assemble(
     config: PeerConfig, seat: Seat, signer: Signer, hub: Hub, manifest: Manifest, net: Network,
-    connector: finding.Connector, first: bool, build: Build | None, stack: AsyncExitStack,
+    connector: finding.Connector, first: bool, build: Build | None,
+    training: Training | None, stack: AsyncExitStack,
 ) -> tuple[Peer, Driver, int]:  # fmt: skip
     """Files, model, state and machine of the run."""
     run = manifest.run_id()
@@ -318,19 +341,24 @@ async def _assemble(
     store = CheckpointStore(folder / "checkpoints")
     learner = TrainerLearner(
         signer.peer_id,
-        lambda: build(manifest, assets) if build else build_run(manifest, assets, config),
+        functools.partial(build, manifest, assets)
+        if build
+        else functools.partial(build_run, manifest, assets, config, signer, _saying(hub)),
         store,
         hub.emit,
         run=run,
-        own_data=bool(config.data),
+        own_data=bool(config.data) or training is not None,
         batch_size=manifest.inner.batch_size,
         seed=manifest.model.seed,
         threads=config.threads,
         checkpoint_every=manifest.schedule.checkpoint_every * manifest.schedule.fragments,
         local_steps=manifest.outer.local_steps if manifest.outer.asynchronous else 0,
+        training=training or Trainer,
+        questions=functools.partial(build_questions, manifest, assets, own_data=bool(config.data)),
     )
     await learner.open()
     stack.push_async_callback(learner.close, save=False)
+    reducer = learner.method.reducer()
     machine = GroupMachine(
         signer.peer_id,
         GroupConfig(
@@ -345,6 +373,7 @@ async def _assemble(
             exchange_share=manifest.schedule.exchange_share,
             exchange_s=manifest.schedule.exchange_s,
             quorum=manifest.group.quorum,
+            collect=isinstance(reducer, SummingReducer),
         ),
         time.monotonic(),
     )
@@ -357,7 +386,7 @@ async def _assemble(
         )
 
     exchange = Exchange(
-        net.transport, signer, learner.method.reducer(), codec_chosen,
+        net.transport, signer, reducer, codec_chosen,
         rounds_kept=machine.config.rounds_kept,
     )  # fmt: skip
     peer = Peer(signer, seat, hub, manifest, net, machine, learner)
@@ -371,8 +400,11 @@ async def _assemble(
         await serve_asset(stream, assets / query.name, query.offset)
 
     driver = Driver(
-        machine, net.transport, signer, exchange, learner, hub.emit, serve_asset=give_asset
-    )
+        machine, net.transport, signer, exchange, learner, hub.emit, serve_asset=give_asset,
+        incoming=Incoming(folder / "incoming"),
+    )  # fmt: skip
+    peer.scores = Scores(machine, net.transport, signer, run, hub.emit, driver.refused)
+    driver.before = peer.scores.before
     schedule, method = manifest.schedule, learner.method
     if schedule.gossip_every and method.mixes is not None:
         gossip = GossipConfig(
@@ -393,6 +425,11 @@ async def _assemble(
             async with asyncio.timeout(RETURN_WAIT_S):
                 await connector.answered.wait()
                 await _look_around(net, driver)
+    past = PastFile(folder / "past.json", lambda what: hub.emit(ev.Notice("error", what)))
+    stack.push_async_callback(past.close)
+    driver.remember = past.keep
+    if (remembered := past.load()) is not None:
+        driver.feed(remembered)
     if first or learner.restored:
         driver.feed(StateReady(learner.round, learner.digest))
     return peer, driver, founded_ms
@@ -408,13 +445,43 @@ async def _look_around(net: Network, driver: Driver) -> None:
             driver.feed(RecordSeen(record))
 
 
-def build_run(manifest: Manifest, assets: Path, config: PeerConfig) -> tuple[Method, DataSource]:
-    """Method and data as the manifest says. Takes seconds: runs in the training thread."""
+def _saying(hub: Hub) -> Callable[[str], None]:
+    """Notices for people from other threads than the event loop's, whose the hub is."""
+    loop = asyncio.get_running_loop()
+
+    def say(text: str) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+            loop.call_soon_threadsafe(hub.emit, ev.Notice("info", text))
+
+    return say
+
+
+def build_run(
+    manifest: Manifest,
+    assets: Path,
+    config: PeerConfig,
+    signer: Signer | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> tuple[Method, DataSource]:
+    """Method and data as the manifest says. Takes seconds: runs in the training thread.
+
+    `signer`, `say`: see `build_method`.
+    """
     from peer.train import build_data, build_method, build_tokenizer
 
+    wish = Wish.parse(config.method)
+    if manifest.method.kind != "hybrid" and wish.kind != "auto":
+        raise UsageError(
+            f"--method {config.method}: this run is {manifest.method.kind}, where all peers train"
+            " alike; leave --method away"
+        )
     tokenizer = build_tokenizer(manifest, assets)
     data = build_data(manifest, assets, tokenizer, config.data)
-    return build_method(manifest, assets, config.device, config.threads), data
+    method = build_method(
+        manifest, assets, config.device, config.threads, wish=wish, upload_bps=config.upload_bps,
+        signer=signer, say=say,
+    )  # fmt: skip
+    return method, data
 
 
 # ── chores ───────────────────────────────────────────────────────────────────────────────
@@ -462,6 +529,7 @@ class _Keeper:
             "rounds": self._keep_rounds(),
             "blocks": self._keep_blocks(),
             "training": self._learner.failed(),
+            **({"end": self._tell_the_end()} if self._peer.manifest.inner.ends else {}),
             **{name: work() for name, work in self._presence.works().items()},
         }
         return [tasks.create_task(work, name=name) for name, work in works.items()]
@@ -512,6 +580,22 @@ class _Keeper:
                     await self._applied.wait()
 
     # ── telling ──────────────────────────────────────────────────────────────────────────
+    async def _tell_the_end(self) -> None:
+        """Say once that nothing is learned any more."""
+        inner = self._peer.manifest.inner
+        while True:
+            await asyncio.sleep(END_LOOK_S)
+            if inner.rate_at(time.time()) == 0:
+                break
+        self._hub.emit(
+            ev.Notice(
+                "info",
+                f"this run's learning ended at {inner.ends}: groups come together from here on, "
+                "and `python -m peer export` writes the model",
+            )
+        )
+        await asyncio.Event().wait()
+
     def _round_finished(
         self, number: int, facts: AppliedFacts, held: list[Outcome], plan: Plan | None, s: float
     ) -> None:
@@ -531,10 +615,27 @@ class _Keeper:
             number, facts, held, plan, seconds = await self._finished.get()
             validation = None
             if every and number % every == 0 and not self._leaving:
-                validation = await self._learner.evaluate()
+                loss = await self._learner.evaluate()
+                validation = None if math.isnan(loss) else loss  # nothing is held out
             self._hub.emit(self._report(number, facts, held, plan, seconds, validation))
             self._finished.task_done()
             await self._learner.after_round()
+            if every and number % every == 0 and not self._leaving:
+                await self._score(number, plan)
+
+    async def _score(self, number: int, plan: Plan | None) -> None:
+        """Score our share of the run's questions, and tell the group."""
+        scores, me = self._peer.scores, self._peer.id
+        if not self._peer.manifest.evaluation.rows or scores is None:
+            return
+        roster = sorted({me, *(plan.peers if plan is not None else ())})
+        try:
+            score = await self._learner.score(roster.index(me), len(roster))
+        except DataError as error:
+            self._hub.emit(ev.Notice("error", f"{error} (nothing is scored; training goes on)"))
+            return
+        if score is not None:
+            await scores.tell(number, score, roster)
 
     def _report(
         self, number: int, facts: AppliedFacts, held: list[Outcome], plan: Plan | None,
@@ -554,7 +655,7 @@ class _Keeper:
             spans=[span_report(outcome, len(roster), plan) for outcome in held],
             included=facts.included,
             digest=facts.digest.hex(),
-            loss=taken.loss if taken is not None else None,
+            loss=taken.loss if taken is not None and not math.isnan(taken.loss) else None,
             validation_loss=validation,
             tokens_per_s=stats.tokens_per_s,
             bytes_up=self._bytes[0] - before[0],
@@ -613,6 +714,14 @@ def span_report(outcome: Outcome, members: int, plan: Plan | None) -> ev.SpanRep
     )
 
 
+async def _check_up(transport: Transport, connector: finding.Connector, hub: Hub) -> None:
+    """Once somebody has answered, what they say of our clock and our line; where libp2p is."""
+    connected = getattr(transport, "connected", None)
+    if connected is not None:
+        await connector.answered.wait()
+        await check_up(transport, await connected(), hub.emit)
+
+
 # ── words and verbs ──────────────────────────────────────────────────────────────────────
 def _announce(peer: Peer, config: PeerConfig) -> None:
     addresses = peer.addresses
@@ -630,6 +739,14 @@ def _announce(peer: Peer, config: PeerConfig) -> None:
             str(peer.seat.folder),
         )
     )
+    if facts := _facts(method):
+        peer.hub.emit(ev.Notice("info", f"this peer trains {facts['does']}: {facts['why']}"))
+
+
+def _facts(method: Method) -> dict[str, Any]:
+    """What the method tells of itself: a hybrid one what this peer does and why."""
+    facts: Callable[[], dict[str, Any]] = getattr(method, "facts", dict)
+    return facts()
 
 
 def _health(peer: Peer) -> Callable[[], dict[str, Any]]:

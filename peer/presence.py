@@ -98,9 +98,9 @@ class Presence:
             config.run,
             self._machine.group,
             config.site,
-            tuple(driver.transport.addresses()[: limits.ADDRESSES_MAX]),
+            self._addresses,
             self._capacity.kbps(driver.exchange.upload.kbps, fellows),
-            True,
+            self._reachable,
             driver.learner.round,
             config.founded_ms,
             now_ms,
@@ -144,15 +144,26 @@ class Presence:
         return max(limits.RECORD_REFRESH_S, self._machine.chores_s)
 
     def _has_news(self) -> bool:
-        """Whether our record says something else of our group than what we see: others decide by it
-        whether there is room."""
+        """Whether our record says something else of us than what we see: others decide by it
+        whether there is room, who aggregates, and where to dial."""
         record = self._record
         live = self._machine.live_members(self._clock.monotonic())
         return (
             record is None
             or record.company != self._company(live)
             or record.group != self._machine.group
+            or record.reachable != self._reachable
+            or record.addresses != self._addresses
         )
+
+    @property
+    def _addresses(self) -> tuple[str, ...]:
+        return tuple(self._driver.transport.addresses()[: limits.ADDRESSES_MAX])
+
+    @property
+    def _reachable(self) -> bool:
+        """Transports that do not tell are those of one machine, and of simulations."""
+        return bool(getattr(self._driver.transport, "reachable", True))
 
     def _company(self, live: list[PeerId]) -> int:
         return min(len(live), limits.COMPANY_MAX) if self._machine.group else 0

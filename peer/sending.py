@@ -1,9 +1,13 @@
-"""In which order a contribution's units go out, and which of them came too late."""
+"""How units go out: in which order, before anybody said yes, and which of them came too late."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import asyncio
+from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping
+from contextlib import asynccontextmanager, suppress
+from typing import Any
 
+from peer.net.transport import Stream, TransportError
 from protocols.messages import OutcomeHeader
 from protocols.types import PeerId
 
@@ -43,3 +47,39 @@ def missed_again(
             if mine is None or not mine.covers(unit - header.start):
                 now[unit] = missed.get(unit, 0) + 1
     return now
+
+
+@asynccontextmanager
+async def unasked(
+    stream: Stream, answer: Coroutine[Any, Any, int]
+) -> AsyncIterator[asyncio.Task[int]]:
+    """Send in the block what a header has announced, while the `answer` to that is on its way; the
+    block may look whether it has come. After the block the stream is finished and the answer here.
+
+    To wait for it first would cost a round trip, and where packets are lost much more: header and
+    answer are single packets, and only a timeout tells that one of those is gone. Mostly the answer
+    is yes; what is sent in vain else is what a line carries in a round trip.
+
+    Raises:
+        whatever `answer` does: also where the block failed, as who refuses may not read on.
+    """
+    said = asyncio.create_task(answer, name=f"answer of {stream.peer}")
+    try:
+        yield said
+        await stream.finish()
+        await said
+    except TransportError:
+        if _refused(said) is None:
+            raise
+        said.result()
+    finally:
+        if _refused(said) is not None:
+            # An orderly end: then the connection serves another stream.
+            with suppress(TransportError):
+                await stream.finish()
+        said.cancel()  # without waiting for its end: the stream's close that follows ends it too
+
+
+def _refused(said: asyncio.Task[int]) -> BaseException | None:
+    """Why the far side will not have it, if it has said so."""
+    return said.exception() if said.done() and not said.cancelled() else None

@@ -1,46 +1,40 @@
-"""State and files from one donor: what a newcomer needs before it can take part.
+"""What a state is on the wire, and files from one donor.
 
-A state travels as its tensors' bytes in order, after a description that must equal the receiver's
-own layout: nothing is allocated that the receiver's model does not have anyway. Files (tokenizer,
-base weights, small data) are named in the manifest with size and SHA-256; a broken download goes
-on where it ended.
+A donor first sends a note: round, digest, the description of the arrays (which must equal the
+receiver's own: nothing is allocated that its model does not have anyway), and the hash of every
+chunk. `donating` gives chunks and `receiving` gets them. Files (tokenizer, base weights, small
+data) are named in the manifest with size and SHA-256; a broken download goes on where it ended.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final
-
-import numpy as np
-import numpy.typing as npt
+from typing import Annotated, Final
 
 from peer.errors import StorageError
 from peer.exchange import BYTES, HEADER, NO, REPLY, YES, RefusedError, refuse
 from peer.net.transport import Stream, Transport, TransportError
+from peer.state_chunks import (
+    LEAF_BYTES,
+    LEAVES_BYTES_MAX,
+    TENSORS_MAX,
+    Leaves,
+    StateGrid,
+    TensorNote,
+)
 from peer.train.method import ArrayMap
 from protocols import limits
 from protocols.blocks import BlockRange, BlockRanges
 from protocols.errors import RemoteProtocolError
-from protocols.messages import AssetQuery, Counter, StateQuery, encode
-from protocols.records import DigestField, NameField
+from protocols.messages import AssetQuery, Counter, encode
+from protocols.records import DigestField
 from protocols.schema import Max, SchemaError, pack, unpack
 from protocols.types import Digest, PeerId, RunId
 
 PIECE_BYTES: Final = 1 << 20
-DESCRIPTION_BYTES_MAX: Final = (1 << 20) + limits.LEDGER_BYTES_MAX
-TENSORS_MAX: Final = 65536
-
-
-@dataclass(frozen=True, slots=True)
-class TensorNote:
-    name: Annotated[str, Max(512)]
-    dtype: NameField
-    shape: Annotated[tuple[Counter, ...], Max(8)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +44,11 @@ class StateNote:
     round: Counter
     digest: DigestField
     tensors: Annotated[tuple[TensorNote, ...], Max(TENSORS_MAX)]
+    leaves: Annotated[bytes, Max(LEAVES_BYTES_MAX)]
+    """The SHA-256 of its chunks, in order."""
     ledger: Annotated[bytes, Max(limits.LEDGER_BYTES_MAX)]
     """The group's account of its blocks at that round (`protocols.ledger_state`); may be none."""
     at_work: BlockRanges
-    """Blocks that the donor trains on and no outcome tells of yet, for the newcomer to keep off."""
     """Blocks that the donor trains on, and no outcome tells yet: for others to keep off."""
 
 
@@ -67,64 +62,46 @@ class Snapshot:
     ledger: bytes = b""
     at_work: tuple[BlockRange, ...] = ()
     """The donor's blocks that no outcome tells yet."""
+    donor: PeerId | None = None
+    """Whose word it is; None: our own."""
 
     @property
     def bytes(self) -> int:
         return sum(array.nbytes for array in self.arrays.values())
 
 
-def describe(arrays: Mapping[str, npt.NDArray[Any]]) -> tuple[TensorNote, ...]:
-    return tuple(
-        TensorNote(name, arrays[name].dtype.str, tuple(arrays[name].shape))
-        for name in sorted(arrays)
+def note_of(state: Snapshot, tensors: tuple[TensorNote, ...], leaves: Leaves) -> StateNote:
+    return StateNote(
+        state.round, state.digest, tensors, b"".join(leaves), state.ledger, state.at_work
     )
 
 
-async def serve_state(stream: Stream, state: Snapshot) -> int:
-    """Send a snapshot; how many bytes it was."""
-    arrays = state.arrays
-    note = StateNote(state.round, state.digest, describe(arrays), state.ledger, state.at_work)
-    await stream.send(REPLY, bytes([YES]) + pack(note))
-    sent = 0
-    for tensor in note.tensors:
-        raw = _raw(arrays[tensor.name])
-        for start in range(0, len(raw), PIECE_BYTES):
-            piece = raw[start : start + PIECE_BYTES]
-            await stream.send(BYTES, piece)
-            sent += len(piece)
-    await stream.finish()
-    return sent
-
-
-async def fetch_state(
-    transport: Transport, donor: PeerId, run: RunId, expected: tuple[TensorNote, ...]
-) -> Snapshot:
-    """Download the outer state.
-
-    `expected`: this peer's own layout; anything else is refused before memory is taken.
+def read_note(donor: PeerId, data: bytes, grid: StateGrid) -> tuple[StateNote, Leaves, StateGrid]:
+    """A donor's word on its state, the hashes of that state's chunks, and how it is cut. `grid`: of
+    any state of the run.
 
     Raises:
-        TransportError: the donor went away.
-        RefusedError: it has no state to give.
-        RemoteProtocolError: its state is not of this run's shape.
+        RemoteProtocolError: it is no such word, of another shape than this run's states, or its
+            hashes are not those that its digest vouches for.
     """
-    stream = await transport.open(donor, limits.CONNECT_TIMEOUT_S)
     try:
-        await stream.send(HEADER, encode(StateQuery(run)))
-        await stream.finish()
-        note = _note(donor, await _first(stream, DESCRIPTION_BYTES_MAX))
-        if note.tensors != expected:
-            raise RemoteProtocolError(donor, "its state has other tensors than this run's")
-        arrays: ArrayMap = {}
-        for tensor in note.tensors:
-            array = np.empty(tensor.shape, dtype=np.dtype(tensor.dtype))
-            await _fill(stream, _raw(array))
-            arrays[tensor.name] = array
-        if await stream.receive(0) is not None:
-            raise RemoteProtocolError(donor, "its state goes on after its end")
-        return Snapshot(note.round, Digest(note.digest), arrays, note.ledger, note.at_work)
-    finally:
-        await stream.close()
+        note = unpack(StateNote, data)
+    except SchemaError as error:
+        raise RemoteProtocolError(donor, str(error)) from None
+    try:
+        theirs = grid.like(note.tensors)
+        leaves = theirs.split(note.leaves)
+        digest = theirs.digest(leaves)
+    except ValueError as error:
+        raise RemoteProtocolError(donor, f"its state: {error}") from None
+    if digest != note.digest:
+        raise RemoteProtocolError(donor, "the hashes of its state's chunks are not of its digest")
+    return note, leaves, theirs
+
+
+def note_bytes_max(grid: StateGrid) -> int:
+    """A donor's word on a state of this grid is no longer than this."""
+    return len(pack(grid.tensors)) + LEAF_BYTES * grid.count + limits.LEDGER_BYTES_MAX + (1 << 20)
 
 
 async def serve_asset(stream: Stream, path: Path, offset: int) -> None:
@@ -162,7 +139,7 @@ async def fetch_asset(
     try:
         await stream.send(HEADER, encode(AssetQuery(run, name, have)))
         await stream.finish()
-        await _first(stream, 4096)
+        await first_reply(stream, 4096)
         with part.open("ab") as file:
             while (frame := await stream.receive(PIECE_BYTES)) is not None:
                 have += len(frame.payload)
@@ -187,37 +164,16 @@ def file_sha256(path: Path) -> str:
     return total.hexdigest()
 
 
-def _raw(array: npt.NDArray[Any]) -> memoryview:
-    """The bytes of a contiguous array, without a copy."""
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+async def first_reply(stream: Stream, bytes_max: int) -> bytes:
+    """What follows a YES.
 
-
-async def _first(stream: Stream, bytes_max: int) -> bytes:
+    Raises:
+        RefusedError: it is none.
+        TransportError: the stream broke.
+    """
     frame = await stream.receive(bytes_max)
     if frame is None or frame.kind != REPLY or not frame.payload:
         raise TransportError(stream.peer, "no reply where one is due")
     if frame.payload[0] != YES:
         raise RefusedError(frame.payload[0], frame.payload[1:].decode(errors="replace"))
     return frame.payload[1:]
-
-
-def _note(donor: PeerId, data: bytes) -> StateNote:
-    try:
-        note = unpack(StateNote, data)
-    except SchemaError as error:
-        raise RemoteProtocolError(donor, str(error)) from None
-    if sum(math.prod(t.shape) for t in note.tensors) > limits.STATE_BYTES_MAX:
-        raise RemoteProtocolError(donor, "its state is larger than any model")
-    return note
-
-
-async def _fill(stream: Stream, target: memoryview) -> None:
-    at = 0
-    while at < len(target):
-        frame = await stream.receive(PIECE_BYTES)
-        if frame is None:
-            raise TransportError(stream.peer, "its state ended early")
-        if frame.kind != BYTES or at + len(frame.payload) > len(target) or not frame.payload:
-            raise RemoteProtocolError(stream.peer, "its state does not fit its description")
-        target[at : at + len(frame.payload)] = frame.payload
-        at += len(frame.payload)

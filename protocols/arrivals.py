@@ -11,8 +11,9 @@ everybody (a machine that they share, a slow step) makes nobody a straggler. Wha
 arrived in time is inside, unit by unit; the rest stays with its sender, which begins with it the
 next time.
 
-The next round's training hides the exchange, so for half of it waiting costs nothing: there is no
-haste before that, and what a lost packet delays is waited for.
+The next round's training hides the exchange, so for a quarter of it waiting costs nothing: there is
+no haste before that, and what a lost packet delays is waited for. Not for longer, as the way back
+takes its time too, and rounds grow (`pace`) where both together take more than half of one.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from collections.abc import Collection, Iterable
 from statistics import median_low
 from typing import Final
 
-TRAIN_SHARE: Final = 0.5  # of a round; the rest is for the way back
+from protocols.pace import Pace
+
+TRAIN_SHARE: Final = 0.25  # of a round
 ROUNDS_KEPT: Final = 5  # enough for a median, few enough to follow a link that changes
 ROUNDS_MIN: Final = 2  # before that, this round's own arrivals must do
 FIRST_FACTOR: Final = 4.0  # the times that the slowest of most may be exceeded then
@@ -36,9 +39,9 @@ SPREAD_S_MIN: Final = 0.5  # what a busy machine or a lost packet or two cost
 class Arrivals:
     """Delays of others' contributions at one aggregator; our own needs no network."""
 
-    def __init__(self, least_s: float = 0.0) -> None:
-        """`least_s`: haste below that gains nobody anything."""
-        self._least_s = least_s
+    def __init__(self, pace: Pace | None = None) -> None:
+        """`pace`: how long rounds are, where that gives time."""
+        self._pace = pace
         self._rounds: deque[tuple[float, ...]] = deque(maxlen=ROUNDS_KEPT)
 
     def closed(self, delays_s: Iterable[float], missing: int) -> None:
@@ -53,14 +56,15 @@ class Arrivals:
         `seen_s`: this round's delays so far, of most of the group.
         """
         delays = [d for seen in self._rounds for d in seen]
+        least_s = TRAIN_SHARE * self._pace.round_s if self._pace is not None else 0.0
         if len(self._rounds) < ROUNDS_MIN:
             if not seen_s:
                 return most_s
-            return min(most_s, max(FIRST_FACTOR * max(seen_s), FIRST_S_MIN, self._least_s))
+            return min(most_s, max(FIRST_FACTOR * max(seen_s), FIRST_S_MIN, least_s))
         middle = median_low(delays)
         if math.isinf(middle):
             return most_s
         spread = median_low([abs(d - middle) for d in delays])
         middle = max(middle, median_low(seen_s) if seen_s else 0.0)
         slack = max(K * spread, MEDIAN_SHARE * middle, SPREAD_S_MIN)
-        return min(most_s, max(middle + slack, self._least_s))
+        return min(most_s, max(middle + slack, least_s))

@@ -13,7 +13,8 @@ from protocols.events import ApplyRound, Effect, FetchFinished, FetchOutcomes, O
 from protocols.healing import Healing
 from protocols.messages import OutcomeHeader
 from protocols.records import Signed
-from protocols.standing import RETRY_S, Attempt, Standing
+from protocols.standing import RETRY_S, STRAGGLER_SHARE, Attempt, Standing
+from protocols.types import PeerId
 
 BEHIND_GRACE_S: Final = 1.5  # others finish a round a little earlier; outcomes are on their way
 FETCH_TRIES_MAX: Final = 3
@@ -30,6 +31,12 @@ class CatchingUp:
         self._tries = 0
         self._caught: dict[int, tuple[OutcomeHeader, Signed]] = {}
         """First unit -> a fetched outcome of the round that we stand at."""
+        self._until = 0
+        """Outcomes of rounds before this one are here, whatever others still keep."""
+
+    def at_hand(self, until: int) -> None:
+        """So far are the outcomes here that lead on from our state."""
+        self._until = until
 
     def settled(self) -> None:
         """We have moved on: to another round, or to another state."""
@@ -52,12 +59,21 @@ class CatchingUp:
             return []
         if header.base and header.base != here.digest:
             self._tries = FETCH_TRIES_MAX  # theirs is another history: only a state helps
+            self._apart(event.sender)
             return []
         if event.fetched and len(self._caught) < limits.AGGREGATORS_MAX:
             self._caught[header.start] = (header, event.signed)
         if here.current is not None and here.current.number == header.round:
             return here.current.hold(header, event.signed, now_s)
         return []
+
+    def _apart(self, peer: PeerId) -> None:
+        """What it holds of our round does not begin at our state: so neither do those at its."""
+        members = self._here.members
+        if (known := members.get(peer)) is not None and known.round > self._here.round:
+            for n in members.in_group(known.group):
+                if (n.round, n.digest) == (known.round, known.digest):
+                    n.apart = True
 
     def fetch_finished(self, event: FetchFinished, now_s: float) -> list[Effect]:
         here = self._here
@@ -108,6 +124,18 @@ class CatchingUp:
         support = max(len(h.contributors) for h in later)
         return 2 * support > here.camp(here.members.live(here.group, now_s))
 
+    def _patience_s(self, now_s: float) -> float:
+        """How long others may be ahead before we ask for what they have and we don't.
+
+        In an exchange it is most likely on its way to us already, and asking for all of it once
+        more would take the line from that.
+        """
+        current = self._here.current
+        if current is None or current.training or now_s > current.end_s:
+            return 0.0
+        usual_s = STRAGGLER_SHARE * (now_s - current.due_s)
+        return usual_s if self._here.pending is not None else max(BEHIND_GRACE_S, usual_s)
+
     def sync(self, now_s: float) -> list[Effect]:
         """Get the state, or make good what we missed."""
         here = self._here
@@ -122,19 +150,18 @@ class CatchingUp:
             return self._healing.step_back(now_s)
         if self._behind_since_s is None:
             self._behind_since_s = now_s
-        busy = here.current is not None and here.current.applying
-        urgent = here.pending is not None or (
-            here.current is None or now_s > here.current.end_s or here.current.training
-        )
-        if busy or (now_s - self._behind_since_s < BEHIND_GRACE_S and not urgent):
+        if here.current is not None and here.current.applying:
             return []
-        gap = ahead[0].round - here.round
+        if now_s - self._behind_since_s < self._patience_s(now_s):
+            return []
+        gap = ahead[0].round - max(here.round, self._until)
         if gap > here.config.rounds_kept or self._tries >= FETCH_TRIES_MAX:
             self._tries = 0
             return self._healing.fetch_state(self._healing.overtaken_by(now_s), now_s)
         if self._fetch is not None and now_s < self._fetch.until_s:
             return []
-        source = ahead[self._tries % len(ahead)].record.peer
+        sources = sorted(ahead, key=lambda n: n.apart)  # in the same order otherwise
+        source = sources[self._tries % len(sources)].record.peer
         self._fetch = Attempt(source, now_s + here.config.exchange_s)
         self._caught.clear()
         return [FetchOutcomes(source, here.round, None)]

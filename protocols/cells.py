@@ -211,11 +211,15 @@ class Search:
         """What the sample at a crowded level says of those below that nobody has read."""
         if not digits:
             return
-        guess = count
+        guess, sample = count, len(digits)
+        inside = len(digits)
         for below in range(level + 1, len(self.path.digits) + 1):
-            inside = sum(d.startswith(self.path.digits[:below]) for d in digits)
+            if inside:  # whoever is in a cell was in the one above it
+                cell = self.path.digits[:below]
+                digits = [d for d in digits if d.startswith(cell)]
+            inside = len(digits)
             # Where none of k is inside, it holds less than one part in k, and eighths of that.
-            guess = count * inside / len(digits) if inside else min(guess / 8, count / 64)
+            guess = count * inside / sample if inside else min(guess / 8, count / 64)
             if below not in self._read:
                 self.counts[below] = guess
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Final
 
@@ -32,16 +33,27 @@ def fair(seats: Iterable[Seat]) -> list[Seat]:
     if not usual:
         return found
     most = WEIGHT_RATIO_MAX * usual[(len(usual) - 1) // 2]
-    return [seat if seat.weight <= most else Seat(seat.peer, most) for seat in found]
+    return [seat if seat.weight <= most else replace(seat, weight=most) for seat in found]
 
 
 def candidates(group: GroupName, slot: int, seats: Iterable[Seat]) -> list[PeerId]:
     """Peers in the order in which they serve `slot` of `group`; the first live one does.
 
-    Benched ones (weight 0) come last.
+    Those that others can't reach (weight 1) come behind the others, benched ones (0) last.
     """
-    order = sorted(seats, key=lambda s: (s.weight == 0, -_score(group, slot, s), s.peer))
+    order = sorted(seats, key=lambda s: (_rank(s), -_score(group, slot, s), s.peer))
     return [seat.peer for seat in order]
+
+
+def able_to_serve(seats: Sequence[Seat]) -> list[Seat]:
+    """Those that others can reach; where nobody can be reached, those that are not benched; else
+    all."""
+    best = min(map(_rank, seats))
+    return [seat for seat in seats if _rank(seat) == best]
+
+
+def _rank(seat: Seat) -> int:
+    return 0 if seat.weight > 1 else 2 - seat.weight
 
 
 @lru_cache(maxsize=2**16)
@@ -61,9 +73,10 @@ def spans_of(
     """Cut `units` into spans sized by their aggregators' weights, one aggregator each.
 
     Slot k's aggregator is its first candidate that has no earlier slot. At most
-    `aggregators_max` spans, never more than units.
+    `aggregators_max` spans, never more than units; and none for who can't be reached while
+    somebody can.
     """
-    able = [seat for seat in seats if seat.weight > 0] or list(seats)
+    able = able_to_serve(seats)
     count = max(1, min(len(able), aggregators_max, len(units)))
     chosen: list[PeerId] = []
     for slot in range(count):
@@ -113,7 +126,9 @@ def revise_plan(
     """The same round for another roster: spans keep their bounds, and their aggregator if it is
     still there and not `benched` (alive but useless); others go to their next candidate."""
     roster = tuple(
-        sorted((Seat(s.peer, 0) if s.peer in benched else s for s in seats), key=lambda s: s.peer)
+        sorted(
+            (replace(s, weight=0) if s.peer in benched else s for s in seats), key=lambda s: s.peer
+        )
     )
     able = {seat.peer for seat in roster if seat.weight > 0} or {seat.peer for seat in roster}
     spans = tuple(
@@ -132,7 +147,9 @@ def fault_in(plan: Plan, units: range, aggregators_max: int, *, revises: bool) -
 
     `units`: what its round exchanges; the spans must cover exactly these.
     `revises`: it replaces a plan that is in force for the same round, and so keeps its bounds.
-    Otherwise, if all its spans are of its own epoch, they must be what anybody would elect.
+    Otherwise, if all its spans are of its own epoch, they must be what anybody would elect: for
+    the round's first plan, or for a revision of one that this member never saw (it came back
+    after that), in which every aggregator gave way to its successor.
     """
     peers = plan.peers
     if not peers or peers != sorted(set(peers)):
@@ -152,6 +169,9 @@ def fault_in(plan: Plan, units: range, aggregators_max: int, *, revises: bool) -
         return "spans that do not cover the round's units"
     if not revises and all(span.since_epoch == plan.epoch for span in plan.spans):
         elected = spans_of(plan.group, plan.roster, units, aggregators_max, plan.epoch)
-        if plan.spans != elected:
+        if plan.spans != elected and not all(
+            span.aggregator == candidates(plan.group, slot, plan.roster)[0]
+            for slot, span in enumerate(plan.spans)
+        ):
             return "aggregators that nobody elected"
     return None

@@ -9,7 +9,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from protocols.messages import ContributionHeader, Message, OutcomeHeader, OutcomePush, Plan
+from protocols.messages import (
+    ContributionHeader,
+    Heartbeat,
+    Message,
+    OutcomeHeader,
+    OutcomePush,
+    PartialHeader,
+    Plan,
+)
 from protocols.records import PeerRecord, Signed
 from protocols.types import Digest, GroupName, PeerId
 
@@ -34,6 +42,8 @@ class Delivered:
 
     peer: PeerId
     rtt_s: float
+    beat: Heartbeat | None = None
+    """Where it stands: what a heartbeat is answered with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +75,38 @@ class StateReady:
 
     round: int
     digest: Digest
+    until: int = 0
+    """The outcomes of all rounds from there to before this one are here, too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Remembered:
+    """What `GroupMachine.past` said before this peer stopped; comes before the `StateReady` of the
+    state that it finds on its disk, if there is one. A majority that it was part of then counts on
+    it: if it went on with the first one that it meets, a minority could pass for most of the group.
+    And an epoch in which it has signed may not come again."""
+
+    group: GroupName
+    epoch: int
+    """The latest that it knew."""
+    firm: int
+    """The latest round of that state's history at which most of the group stood at its state."""
+    members: tuple[PeerId, ...]
+    """Who else was in the group."""
+    silent_s: float
+    """For so long this peer was gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutcomesAtHand:
+    """The same, later: there are more of them now."""
+
+    until: int
+
+
+@dataclass(frozen=True, slots=True)
+class StateComing:
+    """More of the state that is being fetched has come, and is what it should be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +146,45 @@ class ContributionFolded:
 
 
 @dataclass(frozen=True, slots=True)
+class PartialOffered:
+    """`sender` opened a stream with its region's sum for a span. Admit it or raise."""
+
+    sender: PeerId
+    header: PartialHeader
+
+
+@dataclass(frozen=True, slots=True)
+class PartialFolded:
+    """Its whole sum is in the accumulator; it speaks for those who `answered`."""
+
+    sender: PeerId
+    round: int
+    span: int
+    answered: tuple[PeerId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PartialDelivered:
+    """The aggregator took our region's sum."""
+
+    peer: PeerId
+    round: int
+    span: int
+
+
+@dataclass(frozen=True, slots=True)
+class PartialUndelivered:
+    """It did not; `refused` if it said no for good."""
+
+    peer: PeerId
+    round: int
+    span: int
+    refused: bool
+
+
+@dataclass(frozen=True, slots=True)
 class ContributionDelivered:
-    """An aggregator took our span (or had closed it already)."""
+    """An aggregator, or our region's collector, took our span (or had closed it already)."""
 
     peer: PeerId
     round: int
@@ -193,9 +272,12 @@ class Leaving:
 
 Event = (
     Tick | Received | Delivered | Undelivered | RecordSeen | RecordIssued | StateReady
-    | StateFailed | ContributionTaken | ContributionOffered | ContributionFolded
-    | ContributionDelivered | ContributionUndelivered | SpanReduced | OutcomeOffered
-    | OutcomeHeld | FetchFinished | OutcomeDelivered | OutcomeUndelivered | Applied | Leaving
+    | Remembered
+    | StateComing | StateFailed | OutcomesAtHand | ContributionTaken | ContributionOffered
+    | PartialOffered | PartialFolded | PartialDelivered | PartialUndelivered
+    | ContributionFolded | ContributionDelivered | ContributionUndelivered | SpanReduced
+    | OutcomeOffered | OutcomeHeld | FetchFinished | OutcomeDelivered | OutcomeUndelivered | Applied
+    | Leaving
 )  # fmt: skip
 
 
@@ -253,8 +335,19 @@ class CloseSpan:
 
 
 @dataclass(frozen=True, slots=True)
+class SendPartial:
+    """Freeze what came in for a span that we collect, and bring its mean to the aggregator;
+    report PartialDelivered or PartialUndelivered."""
+
+    plan: Plan
+    span: int
+    to: PeerId
+    answered: tuple[PeerId, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class DropSpan:
-    """We no longer aggregate this span: forget its accumulator."""
+    """We no longer aggregate or collect this span: forget its accumulator."""
 
     round: int
     span: int
@@ -294,6 +387,8 @@ class FetchState:
 
     donor: PeerId
     round: int
+    digest: Digest
+    """Where the donor stood when it was heard last; if that is our own state, nothing is due."""
     step_back: bool = False
     """Take it even if it has fewer rounds than ours: the majority went another way."""
     parted: int | None = None
@@ -347,7 +442,8 @@ class Differed:
 
 
 Effect = (
-    Send | SignPlan | TakeContribution | SendContribution | StopSending | CloseSpan | DropSpan
+    Send | SignPlan | TakeContribution | SendContribution | StopSending | CloseSpan | SendPartial
+    | DropSpan
     | PushOutcome | FetchOutcomes | ApplyRound | FetchState | PublishRecord | PlanAdopted
     | GroupFormed | Suspected | Agreed | Differed
 )  # fmt: skip

@@ -104,7 +104,9 @@ class Following:
             return [PlanAdopted(plan, coordinator, current.due_s), *effects]
         if coordinator != here.me and math.isfinite(here.due_s):
             here.pace.followed(received_s + plan.train_ms / 1000 - here.due_s)
-        here.current = Round(here.me, plan, received_s, here.config.quorum, here.arrivals)
+        here.current = Round(
+            here.me, plan, received_s, here.config.quorum, here.arrivals, here.neighbours
+        )
         return [PlanAdopted(plan, coordinator, here.current.due_s)]
 
     def adopt_pending(self, now_s: float) -> list[Effect]:

@@ -20,6 +20,7 @@ from protocols.coordinates import Coordinate
 from protocols.errors import RemoteProtocolError
 from protocols.events import (
     Applied,
+    ApplyRound,
     ContributionDelivered,
     ContributionFolded,
     ContributionOffered,
@@ -34,12 +35,19 @@ from protocols.events import (
     OutcomeDelivered,
     OutcomeHeld,
     OutcomeOffered,
+    OutcomesAtHand,
     OutcomeUndelivered,
+    PartialDelivered,
+    PartialFolded,
+    PartialOffered,
+    PartialUndelivered,
     Received,
     RecordIssued,
     RecordSeen,
+    Remembered,
     Send,
     SpanReduced,
+    StateComing,
     StateFailed,
     StateReady,
     Suspected,
@@ -159,6 +167,12 @@ class GroupMachine:
         """Whether most of our group stand at exactly our state; see `Standing.firm`."""
         return self._here.firm(now_s)
 
+    def past(self, now_s: float) -> Remembered:
+        """What to be told after a restart that happens now."""
+        here = self._here
+        others = tuple(here.members.company(here.group, now_s))
+        return Remembered(here.group, here.epoch, min(here.firm_round, here.round), others, 0.0)
+
     def coordinator(self, now_s: float) -> PeerId | None:
         """Who should issue the next plan, by what we know."""
         return self._here.coordinator(now_s)
@@ -186,6 +200,10 @@ class GroupMachine:
             return "training"
         return "exchanging"
 
+    def answer(self, sender: PeerId, now_s: float) -> Heartbeat | None:
+        """What a heartbeat of `sender` is answered with, after it was handled."""
+        return self._company.answer(sender, now_s)
+
     def handle(self, event: Event, now_s: float) -> list[Effect]:
         """Advance.
 
@@ -202,6 +220,8 @@ class GroupMachine:
             if not here.leaving:
                 effects += self._advance(now_s)
                 self._company.hurry(now_s)
+            if any(isinstance(effect, ApplyRound) for effect in effects) and here.firm(now_s):
+                here.firm_round = here.round
         self._company.rest(now_s)
         return effects
 
@@ -212,10 +232,12 @@ class GroupMachine:
                 return self._company.tick(now_s)
             case Received(sender, message):
                 return self._received(sender, message, now_s)
-            case Delivered(peer, rtt_s):
+            case Delivered(peer, rtt_s, beat):
                 here.members.delivered(peer, rtt_s)
                 self._placing.measured(peer, now_s)
                 self._idle = True
+                if beat is not None:
+                    self._stands(peer, beat, now_s, now_s - rtt_s)
             case Undelivered(peer, reason):
                 if here.members.undelivered(peer):
                     return [Suspected(peer, reason)]
@@ -231,13 +253,28 @@ class GroupMachine:
                 return self._company.record_seen(record, now_s)
             case RecordIssued():
                 return self._company.record_issued(event, now_s)
-            case StateReady(number, digest):
+            case StateReady(number, digest, until):
+                self._catching_up.at_hand(until)
                 return self._state_ready(number, digest, now_s)
+            case Remembered():
+                here.firm_round = event.firm
+                here.knew_epoch(event.group, event.epoch)
+                here.members.remember(event.group, event.members, now_s - event.silent_s)
+            case OutcomesAtHand(until):
+                self._catching_up.at_hand(until)
+                self._idle = True
+            case StateComing():
+                self._healing.coming(now_s)
+                self._idle = True
             case StateFailed(donor, _, busy):
                 self._healing.failed(donor, now_s, busy=busy)
             case ContributionOffered(sender, header):
                 here.own_run(sender, header.run)
                 here.round_for(sender, header.group, header.round).check_offer(sender, header)
+                here.members.heard(sender, now_s)
+            case PartialOffered(sender, part):
+                here.own_run(sender, part.run)
+                here.round_for(sender, part.group, part.round).check_partial(sender, part)
                 here.members.heard(sender, now_s)
             case OutcomeOffered(sender, push, header):
                 here.own_run(sender, header.run)
@@ -280,6 +317,15 @@ class GroupMachine:
             case ContributionFolded(sender, number, span, complete):
                 if current is not None and current.number == number:
                     current.folded(sender, span, complete, now_s)
+            case PartialFolded(sender, number, span, answered):
+                if current is not None and current.number == number:
+                    current.partial_folded(sender, span, answered)
+            case PartialDelivered(peer, number, span):
+                if current is not None and current.number == number:
+                    current.partial_delivered(peer, span)
+            case PartialUndelivered(peer, number, span, refused):
+                if current is not None and current.number == number:
+                    current.partial_undelivered(peer, span, refused, now_s)
             case ContributionDelivered(peer, number, span):
                 if current is not None and current.number == number:
                     current.contribution_delivered(peer, span)
@@ -297,11 +343,9 @@ class GroupMachine:
                 self._idle = here.members.version == version
                 return effects
             case Heartbeat():
-                here.own_run(sender, message.run)
                 unknown = here.members.get(sender) is None
-                self._idle = not here.members.heartbeat(sender, message, now_s) and not unknown
-                if message.group == here.group and not unknown:
-                    here.heard_of_epoch(message.epoch)
+                self._stands(sender, message, now_s)
+                self._idle = self._idle and not unknown
                 return self._company.greet(sender, now_s, answer=True) if unknown else []
             case PlanIssued(signed):
                 return self._following.plan_issued(sender, signed, now_s)
@@ -311,6 +355,7 @@ class GroupMachine:
                 known = here.members.get(sender)
                 if message.group == here.group and known and known.group == here.group:
                     here.heard_of_epoch(message.known_epoch)
+                    return self._steering.refused(message, now_s)
             case SpanHeld():
                 return self._span_held(sender, message, now_s)
             case Goodbye():
@@ -319,6 +364,16 @@ class GroupMachine:
                     here.members.said_goodbye(sender)
                     return [Suspected(sender, f"left: {printable(message.reason)}")]
         return []
+
+    def _stands(
+        self, sender: PeerId, beat: Heartbeat, now_s: float, asked_s: float | None = None
+    ) -> None:
+        """A member says where it stands: in a heartbeat, or in its answer to ours of `asked_s`."""
+        here = self._here
+        here.own_run(sender, beat.run)
+        self._idle = not here.members.heartbeat(sender, beat, now_s, asked_s)
+        if beat.group == here.group and here.members.get(sender) is not None:
+            here.heard_of_epoch(beat.epoch)
 
     def _span_held(self, sender: PeerId, message: SpanHeld, now_s: float) -> list[Effect]:
         here = self._here
@@ -397,7 +452,7 @@ class GroupMachine:
         here.visiting = False
         if self._healing.from_afar:
             self._moving.came_with_a_foreign_state(now_s)
-        self._healing.fetched()
+        self._healing.fetched(number, digest)
         self._moved_to(number, digest, now_s)
         return self._company.beat(now_s)
 
@@ -411,7 +466,7 @@ class GroupMachine:
 def _spares_rounds(event: Event) -> bool:
     """Whether an event by itself does nothing to a round; most are of this kind."""
     match event:
-        case Tick() | RecordSeen():
+        case Tick() | RecordSeen() | Delivered():
             return True
         case Received(_, message):
             return isinstance(message, Heartbeat | Hello)

@@ -21,6 +21,8 @@ from protocols.types import Digest, PeerId
 
 STEP_BACK_S: Final = 3.0  # a majority apart must last; others finish a round a little earlier
 STATE_FETCH_S: Final = 600.0  # then another donor is asked; a stalled stream fails much sooner
+STATE_EXCHANGES: Final = 20  # or so many exchanges: 64 bits per parameter against 3 or more of q4
+STATE_STALL_S: Final = 120.0  # however long it takes, as long as more comes within this time
 DONOR_BACKOFF_S_MAX: Final = 600.0
 
 
@@ -30,6 +32,8 @@ class Healing:
     def __init__(self, standing: Standing) -> None:
         self._here = standing
         self._fetch: Attempt | None = None
+        self._common = -1
+        """Of the state on its way: the latest round at which its history was ours; -1: unknown."""
         self._bad_donors: dict[PeerId, tuple[float, float]] = {}
         """Donor -> (until when it is avoided, for how long the next time)."""
         self._apart_since_s = self._apart_seen_s = -math.inf
@@ -49,8 +53,18 @@ class Healing:
         donor = here.members.get(self._fetch.peer) if self._fetch is not None else None
         return donor is not None and bool(here.group) and donor.group != here.group
 
-    def fetched(self) -> None:
-        """The state came."""
+    def fetched(self, number: int, digest: Digest) -> None:
+        """The state came. Whom we agreed with before shares only what it has in common with that
+        one, as far as we know: or who steps back would go forth again with those it came from."""
+        here = self._here
+        for n in here.members.in_group(here.group):
+            if (n.round, n.digest) != (number, digest):
+                n.agreed, n.apart = min(n.agreed, self._common), True
+        if self._fetch is not None:
+            donor = here.members.get(self._fetch.peer)
+            here.firm_round = donor.firm if donor is not None else 0
+        here.firm_round = min(here.firm_round, number)  # else from our own disk
+        here.since = number
         self._fetch = None
         self._apart_since_s = self._apart_seen_s = -math.inf
         self._bad_donors.clear()
@@ -62,6 +76,11 @@ class Healing:
             self._bad_donors[donor] = (now_s + RETRY_S, RETRY_S)
         else:
             self._avoid(donor, now_s)
+
+    def coming(self, now_s: float) -> None:
+        """It takes long, and goes on."""
+        if self._fetch is not None:
+            self._fetch.until_s = max(self._fetch.until_s, now_s + STATE_STALL_S)
 
     def expire(self, now_s: float) -> None:
         """Give up a donor that took too long."""
@@ -83,7 +102,10 @@ class Healing:
         ]  # fmt: skip
         camps = Tally((n.round, n.digest) for n in others)
         best = max(camps, key=lambda c: (camps[c], c), default=None)
-        if best is None or camps[best] <= here.camp(live):
+        if best is None:
+            return []
+        donors = [n for n in others if (n.round, n.digest) == best]
+        if not self._outweighed(donors, here.camp(live), now_s):
             return []
         # Between two sights of it some of them have applied a round and others have not, and where
         # rounds are short that is all the time that there is.
@@ -92,7 +114,6 @@ class Healing:
         self._apart_seen_s = now_s
         if now_s - self._apart_since_s < STEP_BACK_S:
             return []
-        donors = [n for n in others if (n.round, n.digest) == best]
         return self.fetch_state(donors, now_s, step_back=True)
 
     def overtaken_by(self, now_s: float) -> list[Neighbour]:
@@ -108,19 +129,47 @@ class Healing:
         ours = [n for n in outlook.ahead if n.record.peer in fellows]
         if ours:
             return ours
-        if here.round and len(outlook.ahead) < 1 + len(fellows):
+        camp = 1 + len(fellows)
+        if here.round and self._weight(outlook.ahead, now_s) < self._own_weight(
+            outlook.ahead, camp, now_s
+        ):
             return []
         camps = Tally((n.round, n.digest) for n in outlook.ahead)
         return sorted(outlook.ahead, key=lambda n: (-camps[n.round, n.digest], -n.round))
 
+    def _outweighed(self, camp: list[Neighbour], own: int, now_s: float) -> bool:
+        """Whether those in `camp` together weigh more than the `own` at our state."""
+        return self._weight(camp, now_s) > self._own_weight(camp, own, now_s)
+
+    def _weight(self, camp: list[Neighbour], now_s: float) -> tuple[bool, int, int]:
+        """Of those who are together at another state than ours, to compare with `_own_weight`.
+
+        A majority counts most, the silent included; then what was one since we parted, as others
+        may have built on that (gossip does); then how many there are.
+        """
+        return (
+            self._most(len(camp), now_s),
+            max(n.firm * (n.firm > n.shared) for n in camp),
+            len(camp),
+        )
+
+    def _own_weight(self, camp: list[Neighbour], own: int, now_s: float) -> tuple[bool, int, int]:
+        here = self._here
+        parted = max(n.shared for n in camp)
+        return self._most(own, now_s), here.firm_round * (here.firm_round > parted), own
+
+    def _most(self, count: int, now_s: float) -> bool:
+        here = self._here
+        return 2 * count > 1 + here.members.lately(here.group, now_s)
+
     def _fellow(self, neighbour: Neighbour) -> bool:
         """Whether its state was ours a round ago, and is ours or a round's way from it."""
         here = self._here
-        if not neighbour.ready or neighbour.round < here.round - 1:
+        if not neighbour.ready or neighbour.apart or neighbour.round < here.round - 1:
             return False
         if neighbour.round == here.round:
             return neighbour.digest == here.digest
-        return neighbour.agreed >= max(0, here.round - 1)
+        return neighbour.shared >= max(0, here.round - 1)
 
     def donors(self, now_s: float) -> list[Neighbour]:
         """Peers with the run's state: our group's first, then those with most history.
@@ -130,7 +179,7 @@ class Healing:
         here = self._here
         return sorted(
             (n for n in here.members.everybody() if n.ready and not n.suspected and n.heard_s > 0),
-            key=lambda n: (n.group != here.group, -n.round, _lot(here.me, n.record.peer)),
+            key=lambda n: (n.group != here.group, -n.round, lot(here.me, n.record.peer)),
         )
 
     def _avoid(self, donor: PeerId, now_s: float) -> None:
@@ -148,8 +197,11 @@ class Healing:
         if not able:
             return []
         donor = able[0]
-        self._fetch = Attempt(donor.record.peer, now_s + STATE_FETCH_S)
-        return [FetchState(donor.record.peer, donor.round, step_back, self._parted(donor))]
+        until_s = now_s + max(STATE_FETCH_S, STATE_EXCHANGES * self._here.config.exchange_s)
+        self._fetch = Attempt(donor.record.peer, until_s)
+        parted = self._parted(donor)
+        self._common = -1 if parted is None else parted
+        return [FetchState(donor.record.peer, donor.round, donor.digest, step_back, parted)]
 
     def _parted(self, donor: Neighbour) -> int | None:
         """Since when we and those who hold the donor's state have histories of our own.
@@ -163,12 +215,19 @@ class Healing:
         if not here.ready or latest is None:
             return None
         apart = [
-            n.agreed
+            n.shared
             for n in here.members.in_group(here.group)
             if (n.round, n.digest) == (donor.round, donor.digest)
-            and n.agreed >= 0
+            and n.shared >= 0
             and n.record.peer not in latest.plan.peers
         ]
+        if not apart and donor.agreed == here.round:
+            # A fellow stood here with us and now stands elsewhere: it has heard of others already.
+            apart = [
+                n.shared
+                for n in here.members.in_group(here.group)
+                if n.shared >= 0 and n.record.peer not in latest.plan.peers
+            ]
         return max(apart, default=None)
 
     def check_digests(self, now_s: float) -> list[Effect]:
@@ -182,7 +241,8 @@ class Healing:
             return []
         for n in same_round:
             if n.digest == here.digest:
-                n.agreed = here.round
+                n.agreed, n.apart, n.jumped = here.round, False, False
+                here.firm_round = max(here.firm_round, n.firm)
         tally = Tally([here.digest, *(n.digest for n in same_round)])
         if len(tally) == 1:
             self._compared = outlook  # nothing new to say until somebody stands elsewhere
@@ -208,10 +268,19 @@ class Healing:
         seats = [seat_of(n.record) for n in same_round] + [seat_of(here.record.record)]
         order = candidates(here.group, 0, seats)
         first = {d: min(order.index(p) for p in peers) for d, peers in holders.items()}
-        winner = min(tally, key=lambda d: (-tally[d], first[d]))
-        if winner == here.digest or self._fetch is not None:
+        if self._fetch is not None:
             return []
-        donors = [n for n in same_round if n.digest == winner]
+        camps = {d: [n for n in same_round if n.digest == d] for d in tally if d != here.digest}
+        own = tally[here.digest]
+        theirs = {d: (self._weight(camp, now_s), -first[d]) for d, camp in camps.items()}
+        over = {
+            d: weight for d, weight in theirs.items()
+            if weight > (self._own_weight(camps[d], own, now_s), -first[here.digest])
+        }  # fmt: skip
+        if not over:
+            return []
+        winner = max(over, key=lambda d: over[d])
+        donors = camps[winner]
         effects = self.fetch_state(donors, now_s)
         for effect in effects[:1]:
             if isinstance(effect, FetchState):
@@ -219,6 +288,6 @@ class Healing:
         return effects
 
 
-def _lot(asker: PeerId, donor: PeerId) -> bytes:
+def lot(asker: PeerId, donor: PeerId) -> bytes:
     """An order of donors that is each asker's own, and always the same."""
     return hashlib.sha256(f"{asker}\x00{donor}".encode()).digest()

@@ -88,6 +88,7 @@ HEARTBEAT_S: Final = 1.0  # while it matters who lives
 HEARTBEAT_S_MAX: Final = 300.0  # in a long training phase; each says when its next one is due
 SUSPECT_AFTER_S: Final = 3.5  # three heartbeats missed, or one announced for later 2.5 s overdue
 FORGET_AFTER_S: Final = 60.0  # a suspected member is no member any more
+FIRM_S: Final = 600.0  # who fell silent counts so long as one who may have gone on with others
 RECORD_TTL_S: Final = 90.0  # signed records live this long, or three refreshes; clocks differ
 RECORD_REFRESH_S: Final = 30.0  # stored again at a third of its life; seldomer in long rounds
 RECORD_LIFETIME_S_MAX: Final = 3600.0

@@ -36,6 +36,9 @@ WEIGHT_MAX: Final = 1e15  # sums of weights stay exact in a float64, and far fro
 
 HINT_MAX: Final = 2.0**20  # a distance in sizes of the momentum; beyond it fp32 is sent anyway
 
+WaysMask = Annotated[bytes, Max((limits.ROSTER_MAX + 7) // 8)]
+REGIONS_MAX: Final = 8  # a group in more places than these is no group
+
 PLAN_DOMAIN: Final = "plan"
 OUTCOME_DOMAIN: Final = "outcome"
 
@@ -50,6 +53,8 @@ class Seat:
 
     peer: PeerIdField
     weight: Annotated[int, Max(2**31)]
+    region: Annotated[int, Max(REGIONS_MAX - 1)] = 0
+    """Those with the same number are near each other (`regions`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +107,19 @@ class Contributor:
         return not self.mask or bool(self.mask[offset // 8] >> (offset % 8) & 1)
 
 
+def check_contributors(contributors: tuple[Contributor, ...], start: int, stop: int) -> None:
+    """Raise ValueError where they can't be those of units start..stop-1."""
+    size = (stop - start + 7) // 8
+    if stop <= start:
+        raise ValueError("an empty span")
+    if any(c.mask and len(c.mask) != size for c in contributors):
+        raise ValueError("a mask of the wrong size")
+    if any(not 0.0 < c.weight <= WEIGHT_MAX for c in contributors):
+        raise ValueError("a weight that is not positive, or too large")
+    if len({c.peer for c in contributors}) != len(contributors):
+        raise ValueError("a contributor who is there twice")
+
+
 @dataclass(frozen=True, slots=True)
 class OutcomeHeader:
     """The proof of one reduced span. `content` is SHA-256 over its coded units."""
@@ -125,15 +143,7 @@ class OutcomeHeader:
     def __post_init__(self) -> None:
         if any(not self.start <= m.start < m.stop <= self.stop for m in self.mixes):
             raise ValueError("a mix outside of its span")
-        size = (self.stop - self.start + 7) // 8
-        if self.stop <= self.start:
-            raise ValueError("an empty span")
-        if any(c.mask and len(c.mask) != size for c in self.contributors):
-            raise ValueError("a mask of the wrong size")
-        if any(not 0.0 < c.weight <= WEIGHT_MAX for c in self.contributors):
-            raise ValueError("a weight that is not positive, or too large")
-        if len({c.peer for c in self.contributors}) != len(self.contributors):
-            raise ValueError("a contributor who is there twice")
+        check_contributors(self.contributors, self.start, self.stop)
         if not self.seconds >= 0.0:
             raise ValueError("a duration below zero")
 
@@ -168,6 +178,15 @@ class Heartbeat:
     ready: bool
     next_ms: Pause
     """The sender's next word to its group follows within this time."""
+    firm: Counter = 0
+    """The latest round of its history at which most of the group stood at its state; at most
+    `round`."""
+    since: Counter = 0
+    """The round at which it took the history that it has now, from others or from its own disk."""
+    near: WaysMask = b""
+    """To whom of the roster of `epoch`'s plan the sender's way is short, and ..."""
+    far: WaysMask = b""
+    """... long (`regions.Ways`); both empty if none is long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,6 +266,27 @@ class ContributionHeader:
 
 
 @dataclass(frozen=True, slots=True)
+class PartialHeader:
+    """A collector's sum over its region for one span follows: the weighted mean of what its
+    `contributors` sent, a frame per unit."""
+
+    run: RunIdField
+    group: GroupField
+    round: Counter
+    epoch: Counter
+    span: SpanIndex
+    start: Unit
+    stop: Unit
+    contributors: Annotated[tuple[Contributor, ...], Max(limits.ROSTER_MAX)]
+    """Whose work is inside; what is in none of their masks is not sent."""
+    answered: Annotated[tuple[PeerIdField, ...], Max(limits.ROSTER_MAX)]
+    """Who has said what it has to say, the contributors included."""
+
+    def __post_init__(self) -> None:
+        check_contributors(self.contributors, self.start, self.stop)
+
+
+@dataclass(frozen=True, slots=True)
 class OutcomePush:
     """A reduced span follows; the sender acts under `epoch`."""
 
@@ -266,9 +306,12 @@ class OutcomeQuery:
 
 @dataclass(frozen=True, slots=True)
 class StateQuery:
-    """Please send your outer state."""
+    """Please give chunks of an outer state: of the one with this `digest`, or if that is empty of
+    any of yours of at least `round` rounds."""
 
     run: RunIdField
+    round: Counter = 0
+    digest: DigestField = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,8 +384,8 @@ class DebtsQuery:
 
 
 StreamHeader = (
-    ContributionHeader | OutcomePush | OutcomeQuery | StateQuery | AssetQuery | LoanQuery
-    | DebtPush | LoanAgain | DebtsQuery
+    ContributionHeader | PartialHeader | OutcomePush | OutcomeQuery | StateQuery | AssetQuery
+    | LoanQuery | DebtPush | LoanAgain | DebtsQuery
 )  # fmt: skip
 
 _MESSAGES: Final[dict[int, type]] = {
@@ -364,6 +407,7 @@ _HEADERS: Final[dict[int, type]] = {
     71: DebtPush,
     72: LoanAgain,
     73: DebtsQuery,
+    74: PartialHeader,
 }
 _TAG_OF: Final[dict[type, int]] = {k: t for t, k in (_MESSAGES | _HEADERS).items()}
 
@@ -380,6 +424,14 @@ def decode(data: bytes, sender: PeerId) -> Message:
         RemoteProtocolError: oversized, of another version, of no known type, or malformed.
     """
     return _decode(data, sender, _MESSAGES, limits.CONTROL_BYTES_MAX)
+
+
+def decode_beat(data: bytes, sender: PeerId) -> Heartbeat:
+    """The heartbeat in `data`, which answers one of ours; raises like `decode`."""
+    message = decode(data, sender)
+    if not isinstance(message, Heartbeat):
+        raise RemoteProtocolError(sender, f"answers with a {type(message).__name__}")
+    return message
 
 
 def decode_header(data: bytes, sender: PeerId) -> StreamHeader:

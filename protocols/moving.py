@@ -27,8 +27,8 @@ LOOK_S: Final = 1.0  # how often who has no company, or too much of it, looks fo
 REVIEW_S: Final = 60.0  # and who has: nothing that counts changes faster
 SOUND_OUT_S: Final = 3.0  # how often a loner measures the round trip to the same peer again
 SOUND_OUT_MAX: Final = 8  # and to how many a second
-STRANGER_S: Final = 20.0  # who has company measures one stranger so often: far ones fix the map;
-STRANGER_S_MAX: Final = 60.0  # and no seldomer than this in long rounds, or it would stand still
+STRANGERS_S: Final = 40.0  # who has company measures two strangers so often: they fix the map;
+STRANGERS_S_MAX: Final = 120.0  # and no seldomer than this in long rounds, or it would stand still
 LARGE: Final = limits.CELL_SAMPLE // 2  # a run of which a newcomer sees so many may be larger still
 CELLS_READ_S: Final = 5.0  # from a coordinate to the records of its cells
 CELLS_WAIT_S: Final = 20.0  # and where that takes longer, what is known has to do
@@ -49,8 +49,6 @@ class Moving:
         self._look_s = now_s
         self._looked_s = now_s
         self._stranger_s = now_s
-        self._near = False
-        """Whether the last stranger that we measured was a near one."""
         self._came_alone = True
 
     def regroup(self, now_s: float) -> list[Effect]:
@@ -117,7 +115,7 @@ class Moving:
         here = self._here
         self._came_alone = not company
         here.visiting = here.visiting or (here.ready and bool(here.group))
-        here.group, here.epoch, here.started_s = chosen, 0, now_s
+        here.move_to(chosen, now_s)
         here.current = here.previous = here.pending = None
         here.newcomer = True
         self._look_s = now_s + LOOK_S
@@ -153,24 +151,25 @@ class Moving:
         return effects
 
     def meet_a_stranger(self, now_s: float) -> list[Effect]:
-        """Measure somebody of another group, a far one and a near one in turn: with only its own
-        group's round trips a group would drift off the map as one."""
+        """Measure a far one and a near one of other groups: with only its own group's round trips
+        a group would drift off the map as one."""
         here = self._here
         if now_s < self._stranger_s or not here.group:
             return []
-        self._stranger_s = now_s + min(max(STRANGER_S, here.pace.chores_s), STRANGER_S_MAX)
+        self._stranger_s = now_s + min(max(STRANGERS_S, here.pace.chores_s), STRANGERS_S_MAX)
         strangers = [
             n
             for n in here.members.everybody()
             if n.group != here.group and not n.left and not n.suspected
             and now_s - n.seen_s < self._here.members.record_s
         ]  # fmt: skip
-        self._near = not self._near
-        first = whom_to_measure(self._placing.latest, strangers, now_s, near=self._near)
-        if first is None:
-            return []
-        first.hailed_s = now_s
-        return self._company.greet(first.record.peer, now_s, answer=False)
+        effects: list[Effect] = []
+        for near in (True, False):
+            found = whom_to_measure(self._placing.latest, strangers, now_s, near=near)
+            if found is not None and found.hailed_s < now_s:
+                found.hailed_s = now_s
+                effects += self._company.greet(found.record.peer, now_s, answer=False)
+        return effects
 
     def came_with_a_foreign_state(self, now_s: float) -> None:
         """A newcomer got the state of another group's member: it has no say in ours, whose history

@@ -15,10 +15,12 @@ reduced twice as long as one holder answers. Where that fails, digests tell and 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Final
 
 from protocols.arrivals import Arrivals
+from protocols.collecting import RETRY_S, TRIES_MAX, Collecting
 from protocols.errors import RemoteProtocolError
 from protocols.events import (
     ApplyRound,
@@ -32,13 +34,12 @@ from protocols.events import (
     StopSending,
     TakeContribution,
 )
-from protocols.messages import ContributionHeader, OutcomeHeader, Plan, SpanHeld
+from protocols.messages import ContributionHeader, OutcomeHeader, PartialHeader, Plan, SpanHeld
 from protocols.records import Signed
 from protocols.types import PeerId
 
 COLLECT_SHARE: Final = 0.6  # of the exchange; the rest is for outcomes to come back
-RETRY_S: Final = 0.4
-TRIES_MAX: Final = 4
+COLLECTOR_TRIES: Final = 2  # then the aggregator gets it, over the long way
 
 
 @dataclass(slots=True)
@@ -55,7 +56,11 @@ class _Span:
 
     outcome: tuple[OutcomeHeader, Signed] | None = None
     own: _Try | None = None
-    """Our contribution's way to the aggregator; None before it is frozen, inf once it is there."""
+    """Our contribution's way; None before it is frozen, inf once it is there."""
+    to: PeerId | None = None
+    """Who takes it: our region's collector or the aggregator."""
+    direct: bool = False
+    """Our region's collector does not take it, or is gone: the aggregator has to."""
     delays_s: list[float] = field(default_factory=list)
     """If we aggregate: how long after the due time others' contributions were whole."""
     answered: set[PeerId] = field(default_factory=set)
@@ -70,10 +75,12 @@ class Round:
     """Member and aggregator roles of one round. Driven by `GroupMachine`, which owns liveness."""
 
     def __init__(
-        self, me: PeerId, plan: Plan, now_s: float, quorum: float, arrivals: Arrivals
-    ) -> None:
+        self, me: PeerId, plan: Plan, now_s: float, quorum: float, arrivals: Arrivals,
+        neighbours: Arrivals | None = None,
+    ) -> None:  # fmt: skip
         """`quorum`: share of the live roster below which a span at its deadline is left as is.
-        `arrivals`: what earlier rounds say about delays; this one adds to it."""
+        `arrivals`: what earlier rounds say about delays; this one adds to it. `neighbours`: the
+        same of those for whom we collect."""
         self.me = me
         self.plan = plan
         self.adopted_s = now_s
@@ -92,6 +99,7 @@ class Round:
         self._revised = False
         self._spans = [_Span() for _ in plan.spans]
         self._fetch = _Try(self.end_s)
+        self._collecting = Collecting(me, plan, neighbours or Arrivals())
 
     # ── what the group asks ──────────────────────────────────────────────────────────────
     @property
@@ -128,10 +136,18 @@ class Round:
                 continue
             mine = self.plan.spans[i].aggregator == self.me
             if mine and not span.closing:
-                times.append(self._closes_s(span, suspected))
+                times.append(self._closes_s(i, span, suspected))
             if span.own is not None:
-                times.append(span.own.at_s)
+                times.append(-math.inf if self._stranded(i, span, suspected) else span.own.at_s)
+            if self._collecting.collects(i) and self.weight is not None:
+                marks = (self.due_s, self.collect_s)
+                times.append(self._collecting.deadline_s(i, *marks, suspected))
         return min(times)
+
+    def _stranded(self, i: int, span: _Span, suspected: set[PeerId]) -> bool:
+        """Whether our part of a span lies with a collector that is gone."""
+        others = (None, self.me, self.plan.spans[i].aggregator)
+        return span.to not in others and span.to in suspected and not span.direct
 
     def _next_push_s(self, suspected: set[PeerId]) -> float:
         held = (span for span in self._spans if span.outcome is not None)
@@ -153,7 +169,8 @@ class Round:
         if self.training and now_s >= self.due_s and self.me in self.plan.peers:
             self.taking = True
             effects.append(TakeContribution(self.number))
-        effects += self._resend(now_s)
+        effects += self._resend(now_s, suspected)
+        effects += self._collect(now_s, suspected)
         effects += self._close_ready(now_s, suspected)
         effects += self._push(now_s, suspected)
         if now_s >= self._fetch.at_s and self.missing() and not self.applying:
@@ -172,14 +189,30 @@ class Round:
         source = live[(self._fetch.count - 1) % len(live)]
         return [FetchOutcomes(source, self.number, None)]
 
-    def _resend(self, now_s: float) -> list[Effect]:
+    def _resend(self, now_s: float, suspected: set[PeerId]) -> list[Effect]:
         effects: list[Effect] = []
         for i, span in enumerate(self._spans):
-            if span.own is None or span.outcome is not None or now_s < span.own.at_s:
+            if span.own is None or span.outcome is not None:
                 continue
+            aggregator, way = self.plan.spans[i].aggregator, self._collecting.way(i)
+            if self._stranded(i, span, suspected):
+                span.direct, span.own = True, _Try(now_s)
+            if now_s < span.own.at_s:
+                continue
+            if way in suspected and way != self.me:
+                span.direct = True
+            span.to = aggregator if span.direct else way
             span.own.at_s = math.inf
             span.own.count += 1
-            effects.append(SendContribution(self.plan, i, self.plan.spans[i].aggregator))
+            effects.append(SendContribution(self.plan, i, span.to))
+        return effects
+
+    def _collect(self, now_s: float, suspected: set[PeerId]) -> list[Effect]:
+        """What our region's sums need, once we have contributed ourselves."""
+        effects: list[Effect] = []
+        for i, span in enumerate(self._spans):
+            if span.outcome is None and self.weight is not None and self._collecting.collects(i):
+                effects += self._collecting.tick(i, now_s, self.due_s, self.collect_s, suspected)
         return effects
 
     def _close_ready(self, now_s: float, suspected: set[PeerId]) -> list[Effect]:
@@ -194,7 +227,7 @@ class Round:
                 continue
             live = [p for p in self.plan.peers if p not in suspected or p == self.me]
             waiting = [p for p in live if p not in span.answered]
-            if waiting and now_s < self._closes_s(span, suspected):
+            if waiting and now_s < self._closes_s(i, span, suspected):
                 continue
             span.closing = True
             self._arrivals.closed(span.delays_s, len(waiting))
@@ -203,7 +236,7 @@ class Round:
             effects.append(CloseSpan(self.plan, i, keep=enough))
         return effects
 
-    def _closes_s(self, span: _Span, suspected: set[PeerId]) -> float:
+    def _closes_s(self, i: int, span: _Span, suspected: set[PeerId]) -> float:
         """When a span that we aggregate closes without those who are missing.
 
         After a revision members send anew, so that usual delays say nothing about it.
@@ -212,16 +245,19 @@ class Round:
         most = 2 * len(span.answered.intersection(live)) > len(live)
         enough = len(span.answered.intersection(live)) >= self._quorum * len(live)
         usual = span.fetching is None and not self._revised and self.weight is not None
-        if not (most and enough and usual):
+        waiting = [p for p in live if p not in span.answered]
+        if not (most and enough and usual) or self._collecting.unheard(i, waiting):
             return self.collect_s
         most_s = self.collect_s - self.due_s
         return self.due_s + self._arrivals.patience_s(most_s, span.delays_s)
 
     def _push(self, now_s: float, suspected: set[PeerId]) -> list[Effect]:
         effects: list[Effect] = []
-        for span in self._spans:
+        for i, span in enumerate(self._spans):
             if span.outcome is None:
                 continue
+            if suspected.intersection(span.pushes):
+                self._queue_pushes(i, span, now_s, suspected)
             header, signed = span.outcome
             for peer, attempt in span.pushes.items():
                 if peer not in suspected and now_s >= attempt.at_s and attempt.count < TRIES_MAX:
@@ -244,13 +280,17 @@ class Round:
         self.end_s = min(max(self.end_s, start_s + exchange_s), self._latest_end_s)
         self.collect_s = max(self.collect_s, min(start_s + exchange_s * COLLECT_SHARE, self.end_s))
         self._fetch = _Try(self.end_s)
-        effects: list[Effect] = []
+        effects: list[Effect] = [
+            DropSpan(self.number, i) for i in self._collecting.revise(plan, now_s)
+        ]
         for i, span in enumerate(self._spans):
             before, after = old.spans[i].aggregator, plan.spans[i].aggregator
             if before != after:
                 effects += self._reassign(i, span, before, after, now_s)
-            elif after == self.me and span.outcome is not None:
-                self._queue_pushes(span, now_s)  # members that joined the roster need it too
+            elif span.outcome is not None:
+                self._queue_pushes(i, span, now_s)  # members that joined the roster need it too
+            elif span.to not in (after, self._collecting.way(i)) and span.own is not None:
+                span.direct, span.own = False, _Try(now_s)  # another collects now
         return effects
 
     def _reassign(
@@ -266,19 +306,24 @@ class Round:
             span.pushes.clear()
         if span.outcome is not None:
             if after == self.me:
-                self._queue_pushes(span, now_s)
+                self._queue_pushes(i, span, now_s)
             else:
                 _, signed = span.outcome
                 held = SpanHeld(self.plan.run, self.plan.group, self.number, i, signed)
                 effects.append(Send(after, held))
         elif self.weight is not None:
-            span.own = _Try(now_s)
+            way = self._collecting.way(i)
+            if span.own is None or span.direct or span.to != way or way == after:
+                span.own = _Try(now_s)  # else it lies with our collector, who brings it there
+            span.direct = False
         return effects
 
-    def _queue_pushes(self, span: _Span, now_s: float) -> None:
-        for peer in self.plan.peers:
-            if peer != self.me:
-                span.pushes.setdefault(peer, _Try(now_s))
+    def _queue_pushes(
+        self, i: int, span: _Span, now_s: float, suspected: Collection[PeerId] = ()
+    ) -> None:
+        lost = {p for p, attempt in span.pushes.items() if attempt.count >= TRIES_MAX}
+        for peer in self._collecting.receivers(i, lost.union(suspected)):
+            span.pushes.setdefault(peer, _Try(now_s))
 
     # ── contributions ────────────────────────────────────────────────────────────────────
     def contribution_taken(self, weight: float, now_s: float) -> list[Effect]:
@@ -287,7 +332,7 @@ class Round:
         for span in self._spans:
             if span.outcome is None:
                 span.own = _Try(now_s)
-        return self._resend(now_s)
+        return self._resend(now_s, set())
 
     def check_offer(self, sender: PeerId, header: ContributionHeader) -> None:
         """Whether a contribution may be folded.
@@ -301,8 +346,25 @@ class Round:
         if header.span >= len(plan.spans):
             raise RemoteProtocolError(sender, f"span {header.span} does not exist")
         span = plan.spans[header.span]
-        if span.aggregator != self.me:
+        if span.aggregator == self.me:
+            self._check_part(sender, header)
+        elif self._collecting.collects(header.span):
+            self._check_part(sender, header)
+            self._collecting.check_offer(sender, header)
+        else:
             raise RemoteProtocolError(sender, f"span {header.span} is not ours to reduce")
+
+    def check_partial(self, sender: PeerId, header: PartialHeader) -> None:
+        """Whether a region's sum may be folded; raises like `check_offer`."""
+        if sender not in self.plan.peers or header.span >= len(self.plan.spans):
+            raise RemoteProtocolError(sender, f"no collector of round {self.number}")
+        if self.plan.spans[header.span].aggregator != self.me:
+            raise RemoteProtocolError(sender, f"span {header.span} is not ours to reduce")
+        self._check_part(sender, header)
+        self._collecting.check_partial(sender, header)
+
+    def _check_part(self, sender: PeerId, header: ContributionHeader | PartialHeader) -> None:
+        plan, span = self.plan, self.plan.spans[header.span]
         if (header.start, header.stop) != (span.start, span.stop):
             raise RemoteProtocolError(sender, f"span {header.span} with other bounds")
         if not span.since_epoch <= header.epoch <= plan.epoch:
@@ -313,8 +375,24 @@ class Round:
         if state.closing or state.outcome is not None:
             raise RemoteProtocolError(sender, f"span {header.span} is closed")
 
+    def partial_folded(self, sender: PeerId, span: int, answered: Collection[PeerId]) -> None:
+        """A region's whole sum is here, and speaks for those who `answered`."""
+        if span >= len(self._spans) or self.plan.spans[span].aggregator != self.me:
+            return
+        self._spans[span].answered.update(answered)
+        self._collecting.summed(sender, span)
+
+    def partial_delivered(self, peer: PeerId, span: int) -> None:
+        self._collecting.delivered(peer, span)
+
+    def partial_undelivered(self, peer: PeerId, span: int, refused: bool, now_s: float) -> None:
+        self._collecting.undelivered(peer, span, refused, now_s)
+
     def folded(self, sender: PeerId, span: int, complete: bool, now_s: float) -> None:
         if not complete or span >= len(self._spans):
+            return
+        if self.plan.spans[span].aggregator != self.me:
+            self._collecting.folded(sender, span, now_s - self.due_s)
             return
         state = self._spans[span]
         if sender != self.me and sender not in state.answered:
@@ -322,7 +400,7 @@ class Round:
         state.answered.add(sender)
 
     def contribution_delivered(self, peer: PeerId, span: int) -> None:
-        if span < len(self._spans) and self.plan.spans[span].aggregator == peer:
+        if span < len(self._spans) and self._spans[span].to == peer:
             state = self._spans[span]
             if state.own is not None:
                 state.own.at_s = math.inf
@@ -330,10 +408,17 @@ class Round:
     def contribution_undelivered(
         self, peer: PeerId, span: int, refused: bool, now_s: float
     ) -> None:
-        if span >= len(self._spans) or self.plan.spans[span].aggregator != peer:
+        if span >= len(self._spans) or self._spans[span].to != peer:
             return
-        own = self._spans[span].own
-        if own is not None and not refused and own.count < TRIES_MAX:
+        state = self._spans[span]
+        own = state.own
+        if own is None:
+            return
+        if peer != self.plan.spans[span].aggregator and (refused or own.count >= COLLECTOR_TRIES):
+            state.direct, state.own = True, _Try(now_s)
+            if peer == self.me:  # it does not go into our own sum, either
+                self._collecting.folded(peer, span, now_s - self.due_s)
+        elif not refused and own.count < TRIES_MAX:
             own.at_s = now_s + RETRY_S * 2 ** (own.count - 1)
 
     # ── outcomes ─────────────────────────────────────────────────────────────────────────
@@ -349,7 +434,7 @@ class Round:
         if header.span >= len(plan.spans):
             raise RemoteProtocolError(sender, f"span {header.span} does not exist")
         span = plan.spans[header.span]
-        if span.aggregator != sender:
+        if not self._collecting.brings(sender, header.span):
             raise RemoteProtocolError(sender, f"does not aggregate span {header.span}")
         if not span.since_epoch <= epoch <= plan.epoch:
             raise RemoteProtocolError(
@@ -381,8 +466,7 @@ class Round:
         span.own = None
         span.closing = False
         span.fetching = None
-        if mine.aggregator == self.me:
-            self._queue_pushes(span, now_s)
+        self._queue_pushes(header.span, span, now_s)
         return effects
 
     def reduces(self, header: OutcomeHeader) -> bool:

@@ -13,19 +13,22 @@ from functools import cached_property
 from typing import Final
 
 from protocols import limits
-from protocols.arrivals import TRAIN_SHARE, Arrivals
+from protocols.arrivals import Arrivals
 from protocols.election import candidates
 from protocols.errors import RemoteProtocolError
 from protocols.events import RecordIssued
 from protocols.fragments import Fragments
-from protocols.membership import Membership, Neighbour, seat_of
+from protocols.membership import NO_WAYS, Membership, Neighbour, seat_of
 from protocols.messages import Plan, Seat
 from protocols.pace import Pace
+from protocols.regions import Ways
 from protocols.round import Round
 from protocols.types import Digest, GroupName, PeerId, RunId
 
+GROUPS_REMEMBERED: Final = 16  # where one has been lately
 SETTLE_S: Final = 2.0  # a newcomer listens this long before it believes that it is alone
 RETRY_S: Final = 2.0
+STRAGGLER_SHARE: Final = 0.1  # of an exchange: so much later than the first may the last few end it
 BENCH_S: Final = 60.0  # who was passed over is tried again after this
 EPOCH_LEAP_MAX: Final = 2**20  # epochs grow by one; more at once is a lie or an accident
 
@@ -50,6 +53,8 @@ class GroupConfig:
     exchange_s: float = 20.0
     """A round that is not complete this long after its contributions were due is made good."""
     quorum: float = 0.5
+    collect: bool = False
+    """Whether regions may sum up before what they have crosses to others (`regions`)."""
 
     def exchanged(self, number: int) -> range:
         """The units that round `number` exchanges."""
@@ -164,6 +169,8 @@ class Standing:
         self.digest = Digest(b"")
         self.ready = False
         self.epoch = 0
+        self._epochs: dict[GroupName, int] = {}
+        """The latest that we knew of other groups: who comes back begins a new one."""
         self.current: Round | None = None
         self.previous: Round | None = None
         self.leaving = False
@@ -182,8 +189,14 @@ class Standing:
         that it has none, we take no part."""
         self.newcomer = True
         """Others know the plan in force and we don't, so one of them should coordinate."""
-        self.arrivals = Arrivals(TRAIN_SHARE * config.round_s)
+        self.arrivals = Arrivals(self.pace)
         """What our spans' contributions taught us about delays."""
+        self.neighbours = Arrivals(self.pace)
+        """The same of what we collected for our region."""
+        self.firm_round = 0
+        """The latest round of our history at which most of the group stood at our state."""
+        self.since = 0
+        """The round at which we took the history that we have now."""
         self.agreed = -1
         """The latest round at whose start everybody's digest was the same."""
         self._benched: dict[PeerId, float] = {}
@@ -234,16 +247,20 @@ class Standing:
     def is_benched(self, peer: PeerId, now_s: float) -> bool:
         return self._benched.get(peer, -math.inf) > now_s
 
+    @property
+    def ways(self) -> Ways:
+        """Ours to the members of the plan in force, if it may tell regions apart."""
+        latest = self.current or self.previous
+        if not self.config.collect or latest is None:
+            return NO_WAYS
+        return self.members.ways(latest.plan.roster)
+
     def firm(self, now_s: float) -> bool:
-        """Whether most of the group stand at exactly our state, counting those who were heard of
-        within the last minute: a part that is cut off from the others does not, until then."""
-        members = self.members
-        lately = sum(
-            n.heard_s > 0
-            and (not n.suspected or now_s - max(n.heard_s, n.next_s) < limits.FORGET_AFTER_S)
-            for n in members.in_group(self.group)
-        )
-        return 2 * self.camp(members.live(self.group, now_s)) > 1 + lately
+        """Whether most of the group stand at exactly our state, counting those who fell silent
+        without a goodbye within the last `FIRM_S`: of the parts of a group that is torn at most one
+        passes, as long as the tear lasts no longer."""
+        lately = self.members.lately(self.group, now_s)
+        return 2 * self.camp(self.members.live(self.group, now_s)) > 1 + lately
 
     def same_digest(self, peer: PeerId) -> bool:
         if peer == self.me:
@@ -257,6 +274,20 @@ class Standing:
     def own_run(self, sender: PeerId, run: RunId) -> None:
         if run != self.config.run:
             raise RemoteProtocolError(sender, f"speaks of run {run[:12]}, ours is another")
+
+    def move_to(self, group: GroupName, now_s: float) -> None:
+        """Stand in another group from now on."""
+        self.knew_epoch(self.group, self.epoch)
+        self.group, self.epoch, self.started_s = group, self._epochs.pop(group, 0), now_s
+
+    def knew_epoch(self, group: GroupName, epoch: int) -> None:
+        """Of a group, now or before."""
+        if group == self.group:
+            self.epoch = max(self.epoch, epoch)
+        self._epochs.pop(group, None)
+        self._epochs[group] = epoch
+        while len(self._epochs) > GROUPS_REMEMBERED:
+            del self._epochs[next(iter(self._epochs))]
 
     def heard_of_epoch(self, epoch: int) -> None:
         """A fellow member knows a later epoch; a leap beyond reason is not believed."""

@@ -247,6 +247,30 @@ def test_all_workers_do_the_same_step_and_the_first_one_leads_the_way(kind: str)
         assert 0 < took.seconds < 10
 
 
+def test_each_worker_may_stand_somewhere_else_and_be_told_something_of_its_own() -> None:
+    code = WORKER.replace("sys.argv[1]}", "os.environ['PLACE']}")
+    command = [sys.executable, "-c", code, "sync"]
+    places = [["env", "PLACE=here"], ["env", "PLACE=there"]]
+    with Fleet("fake", "", 2, command=command, places=places) as crew:
+        crew.start([{"word": "a"}, {"word": "b"}])
+        seen = crew.ask("average", 10, number=1)
+    assert [reply["index_seen"] for reply in seen] == ["here", "there"]
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_who_is_hurt_in_the_middle_of_a_step_need_not_answer_and_is_left_out(
+    how: signal.Signals,
+) -> None:
+    with fleet("sync", 3) as crew:
+        crew.start(word="x")
+        took = crew.timed("average", 10, meanwhile=lambda: crew.hurt(1, how), number=4)
+        assert list(took.each_s) == crew.present == [0, 2]
+        assert len(crew.ask("average", 10, number=5)) == 2
+        left = 6 if how == signal.SIGSTOP else 4  # each has a helper, which shares its fate
+        assert processes.wait_until(lambda: len(processes.running(crew.family)) == left, 10)
+    assert processes.running(crew.family) == []
+
+
 def test_the_cpu_time_of_helpers_that_came_and_went_is_counted() -> None:
     with fleet() as crew:
         crew.start(word="x")

@@ -20,7 +20,13 @@ LAYERS = {
     "tensorcodecs": {"tensorcodecs"},
 }
 IMPURE = {"torch", "asyncio", "time", "random", "numpy", "socket", "threading", "os"}
-MAY_IMPORT_HIVEMIND = {"dht/node.py", "dht/validator.py", "peer/net/libp2p.py"}
+MAY_IMPORT_HIVEMIND = {
+    "dht/node.py",
+    "dht/validator.py",
+    "peer/net/daemon.py",
+    "peer/net/libp2p.py",
+    "peer/net/multiaddress.py",
+}
 UNSAFE = {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
 
@@ -75,14 +81,15 @@ def test_protocols_are_pure() -> None:
     refuse([i for i in runs if i.top in IMPURE], "a machine has no clock, dice, threads or tensors")
 
 
-def test_hivemind_stays_behind_three_files() -> None:
+def test_hivemind_stays_behind_five_files() -> None:
     found = [i for i in OURS if i.top == "hivemind"]
     refuse([i for i in found if i.where.rpartition(":")[0] not in MAY_IMPORT_HIVEMIND], "hivemind")
 
 
 def test_only_training_knows_models() -> None:
     found = [i for i in OURS if i.top in ("transformers", "peft")]
-    refuse([i for i in found if not i.where.startswith("peer/train/")], "peer/train alone")
+    may = ("peer/train/", "peer/hook/callback.py:")  # which is called by transformers' own loop
+    refuse([i for i in found if not i.where.startswith(may)], "peer/train alone")
 
 
 def test_nothing_unpickles() -> None:

@@ -11,7 +11,12 @@ import pytest
 
 from peer.errors import DataError, ManifestError, VersionError
 from peer.manifest import Manifest, ModelSpec, default_manifest
-from peer.manifest_templates import LORA_TEMPLATE, TEMPLATE
+from peer.manifest_templates import (
+    HYBRID_TEMPLATE,
+    LORA_TEMPLATE,
+    TEMPLATE,
+    ZO_TEMPLATE,
+)
 from peer.manifest_toml import DATA_ASSET_BYTES_MAX, read_toml, stage_assets
 from protocols import limits
 
@@ -27,7 +32,11 @@ def test_canonical_bytes_give_the_same_manifest_and_the_same_bytes() -> None:
     assert len(made.run_id()) == 64
 
 
-@pytest.mark.parametrize("text", [TEMPLATE, LORA_TEMPLATE], ids=["pretrain", "lora"])
+@pytest.mark.parametrize(
+    "text",
+    [TEMPLATE, LORA_TEMPLATE, HYBRID_TEMPLATE, ZO_TEMPLATE],
+    ids=["pretrain", "lora", "hybrid", "zo"],
+)
 def test_the_templates_are_valid_as_they_are(text: str) -> None:
     made = Manifest.from_toml(text, HERE)
     assert Manifest.from_canonical(made.to_canonical()) == made
@@ -50,7 +59,7 @@ def test_the_template_shows_the_values_of_the_default_run() -> None:
         ("betas = [0.9, 0.95]", "betas = [0.9]", "inner.betas: must be two numbers"),
         ("warmup_steps", "warmup_step", "did you mean inner.warmup_steps?"),
         ("[outer]", "[outr]", "outr: unknown key; did you mean outer?"),
-        ('kind = "pretrain"', 'kind = "x"', "method.kind: must be pretrain or lora"),
+        ('kind = "pretrain"', 'kind = "x"', "method.kind: must be pretrain, lora, hybrid or zo"),
         ('name = "q4"', 'name = "q5"', "codec.name: must be one of"),
         ('"llama"', '"evil"', "model.config.model_type: must be llama"),
         ("hidden_size = 256", "hidden_sise = 256", "did you mean model.config.hidden_size?"),
@@ -219,3 +228,30 @@ def _bytes(raw: Any) -> bytes:
 
 def _model() -> str:
     return '[model.config]\nmodel_type = "llama"\nvocab_size = 320\n'
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (
+            '"dense", "lowrank"',
+            '"lowrank", "dense"',
+            "method.admit: must be some of dense, lowrank",
+        ),
+        ('"dense", "lowrank"', '"dense", "gossip"', "method.admit: must be some of"),
+        ('["dense", "lowrank", "seeds", "sparse"]', "[]", "method.admit: must be some of"),
+        ("effective_dim = 100.0", "effective_dim = -1.0", "method.effective_dim: must be 0 to"),
+        ("seeds_lr = 0.01", "seeds_lr = 0.0", "method.seeds_lr: must be > 0"),
+        ("seeds_lr = 0.01", 'aggregate = "fedit"', "method.aggregate: must be exact for hybrid"),
+        ("fragments = 1 ", "fragments = 2 ", "schedule.fragments: must be 1 for hybrid"),
+        ("gossip_every = 0", "gossip_every = 4", "schedule.gossip_every: must be 0 for hybrid"),
+        ("[codec]", "[outer]\ntau = 2\n[codec]", "outer.tau: must be 0 for hybrid"),
+        ("[codec]", "[outer]\nalpha = 0.5\n[codec]", "outer.alpha: must be 0 for hybrid"),
+    ],
+)
+def test_what_a_hybrid_run_cannot_do_is_named(old: str, new: str, words: str) -> None:
+    assert Manifest.from_toml(HYBRID_TEMPLATE, HERE).method.kind == "hybrid"
+    assert old in HYBRID_TEMPLATE
+    with pytest.raises(ManifestError) as caught:
+        Manifest.from_toml(HYBRID_TEMPLATE.replace(old, new, 1), HERE)
+    assert words in str(caught.value)

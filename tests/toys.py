@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from peer.state_chunks import StateGrid
 from peer.train.composite import split
 from peer.train.method import ArrayMap, Contribution, Reducer, StepResult
 from peer.train.mixing import UnitMixer, add_mix
@@ -44,6 +44,9 @@ class ToyMethod:
     """Moves a vector towards a target; every peer's target is a little off in its own way."""
 
     snr_db: tuple[float, float] | None = None
+    carries = True
+    idle = False
+    refusal = ""
 
     def __init__(self, size: int, seed: int, step_s: float = 0.002, fragments: int = 1) -> None:
         self.units = -(-size // CHUNK_VALUES)
@@ -123,8 +126,13 @@ class ToyMethod:
             raise ValueError("another shape")
         self._theta_N[:] = arrays["theta"]
 
+    @property
+    def grid(self) -> StateGrid:
+        return StateGrid({"theta": self._theta_N, "mixes": self._table.array})
+
     def digest(self) -> bytes:
-        return hashlib.sha256(self._theta_N.tobytes() + self._table.array.tobytes()).digest()
+        arrays: ArrayMap = {"theta": self._theta_N, "mixes": self._table.array}
+        return self.grid.digest(self.grid.leaves(arrays))
 
     def inner_state(self) -> ArrayMap:
         return {}

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Final
 import typer
 from typer.core import TyperGroup
 
+from peer.cli.doctor import DoctorOptions
 from peer.cli.ending import EXIT_CODES
 from peer.cli.options import Format, Home, JoinOptions, Output, Prefix, SeatName, WhichSeat, takes
 from peer.cli.run import Kind
@@ -17,6 +18,7 @@ _EXAMPLES: Final = (
     ("join --via ADDRESS", "ADDRESS: what another peer printed"),
     ("status", "what it is doing now"),
     ('sample "def main"', "what the model says so far"),
+    ("doctor", "what is wrong with the network, and what to do"),
     ("leave", "politely; a join later goes on from there"),
     ("simulate", "a network that is not there yet"),
 )
@@ -79,6 +81,20 @@ def status(home: Home = None, seat: WhichSeat = None, output: Output = Format.te
     return status(home, seat, output is Format.json)
 
 
+@app.command(
+    rich_help_panel="Look",
+    epilog="python -m peer doctor --via /ip4/203.0.113.7/tcp/31337/p2p/12D3KooW...\n\n"
+    "It takes up to a minute and some 15 MB each way; --quick much less."
+    " Exit code: 0, or that of the first error.",
+)
+@takes(DoctorOptions)
+def doctor(options: DoctorOptions) -> int:
+    """Measure and explain clock, ports, NAT, reachability and line, and say what to change."""
+    from peer.cli.doctor import doctor
+
+    return doctor(options)
+
+
 @app.command(rich_help_panel="Look")
 def ledger(home: Home = None, seat: WhichSeat = None, output: Output = Format.text) -> int:
     """Show what became of the run's blocks of data, and go over the sums; 1 if they are wrong."""
@@ -126,12 +142,67 @@ def export(
     return export(folder, home, seat, run)
 
 
+@app.command(
+    rich_help_panel="Use the model",
+    epilog="python -m peer evaluate questions.jsonl --held-out 0.02\n\n"
+    "python -m peer evaluate tasks/ --model exported --tokens 64 --format json\n\n"
+    "docs/finetuning-data.md says which files are read.",
+)
+def evaluate(
+    data: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Files or folders.")],
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="An exported model.", show_default="the newest checkpoint here"
+        ),
+    ] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="An adapter for it, from peft.", show_default=False),
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="At most so many of a file.", show_default="all")
+    ] = None,
+    held_out: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, metavar="SHARE", help="Only rows that a run with this"
+            " data.validation_share does not train on.", show_default="all",
+        ),
+    ] = None,
+    tokens: Annotated[
+        int,
+        typer.Option(
+            min=0, max=65536, help="Let it answer, in at most so many, and count exact matches."
+        ),
+    ] = 0,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            min=8, help="Tokens in a sample.", show_default="1024, or what the model has room for"
+        ),
+    ] = None,
+    run: Prefix = None,
+    home: Home = None,
+    seat: WhichSeat = None,
+    output: Output = Format.text,
+) -> int:  # fmt: skip
+    """Score the model's answers on files of questions: perplexity, exact matches, choices."""
+    from peer.cli.evaluate import What, evaluate
+
+    what = What(
+        data=tuple(data), model=model, adapter=adapter, rows=rows, held_out=held_out,
+        tokens=tokens, length=length, home=home, seat=seat, run=run,
+    )  # fmt: skip
+    return evaluate(what, output is Format.json)
+
+
 @runs.command()
 def new(
     file: File,
-    method: Annotated[Kind, typer.Option(help="All weights, or adapters on frozen ones.")] = (
-        Kind.pretrain
-    ),
+    method: Annotated[
+        Kind, typer.Option(help="All weights, adapters on frozen ones, or by each peer's means.")
+    ] = (Kind.pretrain),
 ) -> int:
     """Write a commented manifest to edit."""
     from peer.cli.run import new

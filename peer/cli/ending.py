@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Final
 
-from peer.errors import PeerError
+from peer.errors import PeerError, flattened
 
 BUG: Final = 1
 INTERRUPTED: Final = 130
@@ -45,7 +45,7 @@ def run_app(app: Callable[..., Any], argv: Sequence[str] | None, name: str) -> i
 
 def explain(error: BaseException, name: str) -> int:
     """Say on stderr what went wrong in the program called `name`, and return its exit code."""
-    causes = list(_causes(error))
+    causes = list(flattened(error))
     if any(isinstance(cause, KeyboardInterrupt) for cause in causes):
         return INTERRUPTED
     lines: dict[str, int] = {}
@@ -70,15 +70,6 @@ def say(line: str) -> None:
     with suppress(OSError):  # nobody listens
         sys.stderr.write(line + "\n")
         sys.stderr.flush()
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The errors inside (nested) groups: a TaskGroup wraps even a single one."""
-    if isinstance(error, BaseExceptionGroup):
-        for inner in error.exceptions:
-            yield from _causes(inner)
-    else:
-        yield error
 
 
 def _help(error: BaseException, name: str) -> str:

@@ -66,9 +66,13 @@ def resolve(options: JoinOptions, file: Path | None) -> PeerConfig:
         site=options.site,
         host=options.host,
         port=options.port,
+        lane=options.lane,
+        lane_port=options.lane_port,
+        relay=options.relay,
         announce=tuple(options.announce),
         upload=options.upload,
         device=options.device,
+        method=options.method,
         threads=options.threads,
         metrics_port=options.metrics_port,
     )

@@ -21,7 +21,7 @@ from peer.home import SeatInfo, complain, control_path, home_folder, read_memory
 
 if TYPE_CHECKING:
     from peer.manifest import Manifest
-    from peer.train.flat import FlatMethod
+    from peer.train.method import ModelMethod
 
 SAVE_TIMEOUT_S: Final = 120.0
 NOTHING_YET: Final = (
@@ -164,7 +164,7 @@ def _save(place: Place) -> None:
 
 
 # ── loading ──────────────────────────────────────────────────────────────────────────────
-def load(place: Place) -> tuple[Manifest, FlatMethod, int]:
+def load(place: Place) -> tuple[Manifest, ModelMethod, int]:
     """The run's manifest, and its method with the newest state; and that state's round.
 
     Raises:
@@ -191,7 +191,7 @@ def load(place: Place) -> tuple[Manifest, FlatMethod, int]:
             f"no checkpoint in {place.checkpoints} can be read; `python -m peer join` fetches the"
             " state from another peer"
         )
-    method = build_method(manifest, place.assets, "cpu")
+    method = build_method(manifest, place.assets, "cpu", say=say)
     number = state.round
     try:
         method.load_state(state.arrays)

@@ -101,6 +101,27 @@ class JoinOptions:
             min=0, max=65535, metavar="PORT",
         ),
     ] = 0  # fmt: skip
+    lane: Annotated[
+        bool,
+        _option(
+            "--lane/--no-lane", _NETWORK,
+            "Send bulk over TLS connections of its own where that is possible.",
+        ),
+    ] = True  # fmt: skip
+    lane_port: Annotated[
+        int,
+        _option(
+            "--lane-port", _NETWORK, "Port to listen on for these; 0: any, kept over restarts.",
+            min=0, max=65535, metavar="PORT",
+        ),
+    ] = 0  # fmt: skip
+    relay: Annotated[
+        bool,
+        _option(
+            "--relay/--no-relay", _NETWORK,
+            "Forward for peers that nobody can reach; best with --port 443.",
+        ),
+    ] = False  # fmt: skip
     announce: Annotated[
         list[str],
         _option(
@@ -122,6 +143,14 @@ class JoinOptions:
             metavar="NAME", show_default="a GPU if there is one",
         ),
     ] = None  # fmt: skip
+    method: Annotated[
+        str,
+        _option(
+            "--method", _MACHINE,
+            "In a hybrid run: lora:RANK, zo:P (no gradients), full, full:K, or what it can afford.",
+            metavar="HOW",
+        ),
+    ] = "auto"  # fmt: skip
     threads: Annotated[
         int | None,
         _option(

@@ -23,15 +23,22 @@ class Kind(StrEnum):
 
     pretrain = "pretrain"
     lora = "lora"
+    hybrid = "hybrid"
+    zo = "zo"
 
 
 def new(file: Path, kind: Kind) -> int:
     """Write a commented manifest; never over another file."""
-    from peer.manifest_templates import LORA_TEMPLATE, TEMPLATE
+    from peer.manifest_templates import HYBRID_TEMPLATE, LORA_TEMPLATE, TEMPLATE, ZO_TEMPLATE
 
+    texts = {
+        Kind.pretrain: TEMPLATE, Kind.lora: LORA_TEMPLATE, Kind.hybrid: HYBRID_TEMPLATE,
+        Kind.zo: ZO_TEMPLATE,
+    }  # fmt: skip
+    more = " --data FILES" if kind in (Kind.lora, Kind.hybrid) else ""
     try:
         with file.open("x", encoding="utf-8") as out:
-            out.write(TEMPLATE if kind is Kind.pretrain else LORA_TEMPLATE)
+            out.write(texts[kind])
     except FileExistsError:
         raise UsageError(f"{file} is there already; choose another name") from None
     except FileNotFoundError:
@@ -41,7 +48,7 @@ def new(file: Path, kind: Kind) -> int:
     sys.stdout.write(
         f"wrote {file}\n"
         f"edit it, then:  python -m peer run check {file}\n"
-        f"and start it:   python -m peer run start {file}\n"
+        f"and start it:   python -m peer run start {file}{more}\n"
     )
     return 0
 
@@ -51,6 +58,16 @@ def _rounds(manifest: Manifest) -> str:
     if schedule.fragments == 1:
         return f"rounds of {schedule.round_s:g} s"
     return f"{schedule.round_s:g} s for a turn of {schedule.fragments} fragments"
+
+
+def _method(manifest: Manifest) -> str:
+    spec = manifest.zeroth
+    if manifest.method.kind != "zo":
+        return manifest.method.kind
+    what = "adapters" if spec.adapters else "all weights"
+    if spec.estimator == "kseed":
+        return f"zo: kseed on {what}, {spec.pool:,} directions"
+    return f"zo: decomfl on {what}, {spec.steps} x {spec.perturbations} scalars a round"
 
 
 def check(file: Path) -> int:
@@ -68,7 +85,7 @@ def check(file: Path) -> int:
     lines = {
         "run": f"{manifest.run_id()}  {manifest.name}",
         "model": f"{manifest.model.config['model_type']}, {count(parameters)} parameters",
-        "method": f"{manifest.method.kind}, {_rounds(manifest)}, groups of up"
+        "method": f"{_method(manifest)}, {_rounds(manifest)}, groups of up"
         f" to {manifest.group.members_max}",
         "data": _data(draft),
     }
@@ -77,7 +94,9 @@ def check(file: Path) -> int:
         lines["files"] = f"{len(manifest.assets)} ({total}) that joiners fetch from peers"
     for name, text in lines.items():
         sys.stdout.write(f"{name:<8}{text}\n")
-    sys.stdout.write(f"start it with:  python -m peer run start {file}\n")
+    spec = manifest.data
+    more = "" if spec.source in ("stdlib", "hf") or spec.paths or draft.data else " --data FILES"
+    sys.stdout.write(f"start it with:  python -m peer run start {file}{more}\n")
     return 0
 
 
@@ -115,8 +134,10 @@ def _data(draft: Draft) -> str:
     Raises:
         DataError: it is not text, or too little.
     """
+    from peer.manifest_toml import stage_assets
     from peer.observe.words import plural
     from peer.train import build_data, build_tokenizer
+    from peer.train.chat import ChatBlocks
 
     spec = draft.manifest.data
     if spec.source == "hf":
@@ -125,16 +146,15 @@ def _data(draft: Draft) -> str:
         return f"{spec.source}: each peer brings its own (--data)"
     with tempfile.TemporaryDirectory(prefix="murmuration-check-") as room:
         assets = Path(room)
-        for name, path in draft.files.items():
-            if name.startswith("tokenizer/"):
-                (assets / name).parent.mkdir(exist_ok=True)
-                (assets / name).symlink_to(path.absolute())
+        stage_assets({n: c for n, c in draft.files.items() if n.startswith("tokenizer/")}, assets)
         tokenizer = build_tokenizer(draft.manifest, assets)
         data = build_data(draft.manifest, assets, tokenizer, draft.data)
     whose = (
         "this Python's own modules" if spec.source == "stdlib" else plural(len(draft.data), "file")
     )
-    return (
+    found = (
         f"{spec.source} ({whose}): {data.blocks:,} blocks to share out;"
         f" {len(data.validation())} samples of {spec.sequence_length} tokens held out"
     )
+    refused = data.refused if isinstance(data, ChatBlocks) else []
+    return "\n".join((found, *(f"{'':<8}{line}" for line in refused)))

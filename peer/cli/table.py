@@ -59,10 +59,18 @@ def _facts(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "run", report["run"]
     yield "now", f"{now}, round {report['round']}, epoch {report['epoch']}"
     yield "loss", _loss(report)
+    if facts := report.get("method"):
+        lost = f"the rank of the last mean cut off {facts['tail']:.3g}"
+        yield "trains", f"{facts['does']} ({facts['why']}); {lost}"
     members = words.plural(len(report["group_members"]), "member")
     yield "group", f"{words.group(report['group'] or 'none yet')}, {members}"
     if report.get("blocks") is not None:
         yield "blocks", words.account(report["blocks"])
+    if (together := report.get("scores", {}).get("overall")) is not None:
+        told = f"{len(together['peers'])} of {words.plural(together['members'], 'peer')}"
+        yield "answers", f"{words.scores(together['sums'])} (round {together['round']}, {told})"
+    for peer, told_by in report.get("scores", {}).get("peers", {}).items():
+        yield "", f"{words.short(peer)}  {words.scores(told_by['sums'])}"
     yield "network", _network(report)
     yield "dht", words.plural(report["dht_nodes"], "node")
     if report.get("checkpoint_round") is not None:

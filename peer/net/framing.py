@@ -37,6 +37,8 @@ END: Final = 127
 REFUSED: Final = 126  # the far side wants no more of this; the payload is its reason
 KIND_MAX: Final = 125
 CLOSE_WAIT_S: Final = 2.0  # for the far side's orderly end
+LEFT_FRAME_BYTES_MAX: Final = limits.UNIT_BYTES_MAX + limits.FRAME_BYTES_MAX
+"""Of what is read to no purpose until then: the largest frame that anybody sends, of units."""
 
 
 class _Watch:
@@ -260,7 +262,7 @@ class FramedStream:
     async def _until_the_end(self) -> None:
         """Whoever opened closes first: it waits for END only, the other side for the real end."""
         while not self._ended:
-            await self.receive(limits.UNIT_BYTES_MAX)
+            await self.receive(LEFT_FRAME_BYTES_MAX)
         while not self._opened_here and await self._pipe.read(limits.FRAME_BYTES_MAX):
             pass
 

@@ -7,7 +7,8 @@ same identity and port.
 
 hivemind 1.1.12 has traits that shape this module: a dead daemon leaves its callers waiting for
 ever; a call that is cancelled while its answer arrives kills the reader of all answers; a circuit
-address is encoded in a way that the daemon rejects; TCP only, as QUIC loses the end of streams.
+address is encoded in a way that the daemon rejects; TCP only, as QUIC loses the end of streams; a
+dial says that it succeeded when all there is is a connection that was closed before (`_dial`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import re
 import sys
 import time
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 from weakref import WeakSet
 
-from hivemind.p2p import P2P, PeerID
+from hivemind.p2p import PeerID
 from hivemind.p2p.p2p_daemon_bindings.utils import (
     P2PDaemonError,
     P2PHandlerError,
@@ -33,9 +33,9 @@ from hivemind.p2p.p2p_daemon_bindings.utils import (
     write_pbmsg,
 )
 from hivemind.proto import p2pd_pb2
-from hivemind.utils.multiaddr import Multiaddr
 
 from peer.errors import NetworkError
+from peer.net import daemon
 from peer.net.budget import UploadBudget
 from peer.net.calls import (
     CALLS_MAX,
@@ -47,13 +47,14 @@ from peer.net.calls import (
     read_answer,
     report,
 )
+from peer.net.daemon import STOP_TIMEOUT_S, Posture
 from peer.net.framing import FramedStream, serve_stream
+from peer.net.multiaddress import dial_bytes, is_address_of, libp2p_id, peer_of, read
 from peer.net.p2pd import (
     daemon_path,
     port_is_free,
     remember_port,
     remembered_port,
-    socket_prefix,
     sweep_sockets,
     write_key,
 )
@@ -61,7 +62,7 @@ from peer.net.p2pd import unknown_daemon as unknown_daemon
 from peer.net.pipe import SocketPipe
 from peer.net.transport import CallHandler, Stream, StreamHandler, TransportError
 from protocols import limits
-from protocols.identity import Signer, public_key_of
+from protocols.identity import Signer
 from protocols.types import PeerId
 
 CALL: Final = "murmuration/call/1"
@@ -70,7 +71,8 @@ BULK: Final = "murmuration/bulk/1"
 RESTART_WAITS_S: Final = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0)  # then every 5 s
 ADDRESSES_REFRESH_S: Final = 30.0  # NAT mappings and observed addresses turn up late
 RECONNECT_TIMEOUT_S: Final = 5.0
-STOP_TIMEOUT_S: Final = 3.0  # for a daemon that was asked to go
+
+CHANGED: Final = "another way to be reached"
 
 RestartListener = Callable[[str, float, Any], None]
 """(reason, seconds without a daemon, the new hivemind P2P); called in the event loop."""
@@ -90,7 +92,7 @@ class Libp2pTransport:
         port: int,
         budget: UploadBudget,
         announce: tuple[str, ...],
-        relay: bool,
+        posture: Posture,
     ) -> None:
         self.peer_id = signer.peer_id
         self.budget = budget
@@ -103,7 +105,13 @@ class Libp2pTransport:
         self._port = port or remembered_port(folder)
         self._port_is_given = port != 0
         self._announce = announce
-        self._relay = relay
+        self.posture = posture
+        """How the daemon stands to the world; `change` changes it."""
+        self._changed = asyncio.Event()
+        """Another posture is wanted than the daemon's."""
+        self._restarted = asyncio.Event()
+        self._runs = asyncio.Event()
+        """Set while there is a daemon, and when there will be none any more."""
         self._addresses: list[str] = []
         self._known: OrderedDict[PeerId, list[str]] = OrderedDict()
         """Where peers may be dialled, longest unused first."""
@@ -111,10 +119,11 @@ class Libp2pTransport:
         """Peers that answered and have not failed since: no need to dial them."""
         self._on_call: CallHandler | None = None
         self._on_stream: StreamHandler | None = None
+        self._beneath: tuple[bytes, CallHandler] | None = None
         self._call_slots = Slots(CALLS_MAX, CALLS_PER_PEER_MAX)
-        self._stream_slots = Slots(limits.STREAMS_MAX, limits.STREAMS_PER_PEER_MAX)
+        self.stream_slots = Slots(limits.STREAMS_MAX, limits.STREAMS_PER_PEER_MAX)
         self._serving: set[asyncio.Task[None]] = set()
-        self._streams: WeakSet[FramedStream] = WeakSet()
+        self._streams: WeakSet[_Stream] = WeakSet()
         self._supervisor: asyncio.Task[None] | None = None
 
     @classmethod
@@ -127,14 +136,14 @@ class Libp2pTransport:
         *,
         budget: UploadBudget | None = None,
         announce: Iterable[str] = (),
-        relay: bool = True,
+        posture: Posture | None = None,
         on_restart: RestartListener | None = None,
     ) -> Self:
         """Start a daemon with the identity of `seed` (32 bytes, Ed25519); 0.2-0.5 s.
 
         `folder` keeps the daemon's key file and the port, so that a restarted peer is found where
         it was. `port` 0 means the port of last time, or any. `announce` replaces the addresses
-        that others are told; give it together with `port`.
+        that others are told; give it together with `port`. `posture`: see `daemon.Posture`.
 
         Raises:
             NetworkError: the given port is taken, or the daemon does not start.
@@ -146,7 +155,7 @@ class Libp2pTransport:
             port=port,
             budget=budget or UploadBudget(),
             announce=tuple(announce),
-            relay=relay,
+            posture=posture or Posture(),
         )
         if on_restart is not None:
             transport.restart_listeners.append(on_restart)
@@ -167,6 +176,10 @@ class Libp2pTransport:
         self._on_call = on_call
         self._on_stream = on_stream
 
+    def serve_beneath(self, prefix: bytes, on_call: CallHandler) -> None:
+        """Calls that begin with `prefix` are `on_call`'s, whoever serves the others, or nobody."""
+        self._beneath = (prefix, on_call)
+
     def addresses(self) -> list[str]:
         return list(self._addresses)
 
@@ -174,7 +187,19 @@ class Libp2pTransport:
         peer = peer_of(address)
         if peer == self.peer_id:
             raise TransportError(peer, "that address is this peer's own")
-        await self._dial(peer, [address], timeout_s)
+        loop = asyncio.get_running_loop()
+        give_up_s = loop.time() + timeout_s
+        while True:
+            p2p = self.p2p
+            try:
+                await self._dial(peer, [address], max(give_up_s - loop.time(), 0.01))
+                break
+            except TransportError:
+                if p2p is not None and p2p is self.p2p:
+                    raise
+                # A daemon with another posture takes the place of the one that was to dial.
+                if not await self._daemon_runs(give_up_s):
+                    raise
         self.remember(peer, [address])
         return peer
 
@@ -184,7 +209,7 @@ class Libp2pTransport:
         try:
             async with asyncio.timeout(timeout_s):
                 await self._reach(peer, timeout_s)
-                coded = await self._client().call_unary_handler(_id(peer), CALL, request)
+                coded = await self._client().call_unary_handler(libp2p_id(peer), CALL, request)
         except TimeoutError:
             self._connected.discard(peer)
             raise gone(peer, timeout_s) from None
@@ -198,7 +223,7 @@ class Libp2pTransport:
     async def open(self, peer: PeerId, timeout_s: float) -> Stream:
         request = p2pd_pb2.Request(
             type=p2pd_pb2.Request.STREAM_OPEN,
-            streamOpen=p2pd_pb2.StreamOpenRequest(peer=_id(peer).to_bytes(), proto=[BULK]),
+            streamOpen=p2pd_pb2.StreamOpenRequest(peer=libp2p_id(peer).to_bytes(), proto=[BULK]),
         )
         try:
             async with asyncio.timeout(timeout_s):
@@ -219,12 +244,13 @@ class Libp2pTransport:
         if self._serving:
             await asyncio.wait(self._serving, timeout=STOP_TIMEOUT_S)
         await self._stop_daemon("closed")
+        self._runs.set()
 
     # ── beyond the interface ─────────────────────────────────────────────────────────────
 
     def remember(self, peer: PeerId, addresses: Iterable[str]) -> None:
         """Where to dial `peer` when it is not connected, e.g. from its DHT record."""
-        good = [a for a in addresses if _is_address_of(a, peer)][: limits.ADDRESSES_MAX]
+        good = [a for a in addresses if is_address_of(a, peer)][: limits.ADDRESSES_MAX]
         if not good or peer == self.peer_id:
             return
         known = self._known.pop(peer, [])
@@ -232,15 +258,79 @@ class Libp2pTransport:
         while len(self._known) > limits.KNOWN_PEERS_MAX:
             self._known.popitem(last=False)
 
+    @property
+    def port(self) -> int:
+        """Where the daemon listens; 0: not known."""
+        return self._port
+
+    async def change(self, posture: Posture) -> None:
+        """Another daemon with this posture in place of the one that runs; 0.3-0.6 s.
+
+        Streams and calls break off as where a daemon dies; connections are made again.
+        """
+        self.posture = posture
+        self._restarted.clear()
+        self._changed.set()
+        await self._restarted.wait()
+
     async def connected(self) -> list[PeerId]:
         """Peers to which there is a connection now; none if the daemon does not say."""
-        request = p2pd_pb2.Request(type=p2pd_pb2.Request.LIST_PEERS)
+        return list(await self.connections())
+
+    async def connections(self) -> dict[PeerId, list[str]]:
+        """Peers to which there are connections now, and the far ends of these as multiaddresses
+        (of ours or theirs, without /p2p/ID; relayed ones contain /p2p-circuit); none if the
+        daemon does not say."""
         try:
             async with asyncio.timeout(limits.CALL_TIMEOUT_S):
-                response = await self._tell(self.peer_id, request)
+                return await self._peers(self.peer_id)
         except (TransportError, TimeoutError):
-            return []
-        return [PeerId(str(PeerID(peer.id))) for peer in response.peers]
+            return {}
+
+    async def _peers(self, named: PeerId) -> dict[PeerId, list[str]]:
+        """`connections`; TransportError that names `named` if the daemon does not say."""
+        request = p2pd_pb2.Request(type=p2pd_pb2.Request.LIST_PEERS)
+        response = await self._tell(named, request)
+        found: dict[PeerId, list[str]] = {}
+        for peer in response.peers:
+            ends = found.setdefault(PeerId(str(PeerID(peer.id))), [])
+            ends += [read(raw) for raw in peer.addrs]
+        return found
+
+    async def dial(self, peer: PeerId, addresses: Iterable[str], timeout_s: float) -> None:
+        """Connect to `peer` at any of these multiaddresses, or of those that the daemon knows.
+
+        Where there is a connection already, it is left as it is.
+
+        Raises:
+            TransportError: it is at none of them.
+            ValueError: one is no multiaddress.
+        """
+        named = [a if "/p2p/" in a else f"{a}/p2p/{peer}" for a in addresses]
+        await self._dial(peer, named, timeout_s)
+
+    async def disconnect(self, peer: PeerId) -> None:
+        """Close all connections to `peer`, and what goes over them."""
+        self._connected.discard(peer)
+        request = p2pd_pb2.Request(
+            type=p2pd_pb2.Request.DISCONNECT,
+            disconnect=p2pd_pb2.DisconnectRequest(peer=libp2p_id(peer).to_bytes()),
+        )
+        with contextlib.suppress(TransportError, TimeoutError):
+            async with asyncio.timeout(limits.CALL_TIMEOUT_S):
+                await self._tell(peer, request)
+
+    def streams_with(self, peer: PeerId) -> int:
+        """Streams with `peer`, opened by either side, that nobody has closed."""
+        return sum(stream.peer == peer and stream.is_open for stream in self._streams)
+
+    def is_connected(self, peer: PeerId) -> bool:
+        """Whether `peer` answered and has not failed since."""
+        return peer in self._connected
+
+    def known(self, peer: PeerId) -> list[str]:
+        """The addresses of `peer` that were remembered."""
+        return list(self._known.get(peer, ()))
 
     # ── outgoing ─────────────────────────────────────────────────────────────────────────
 
@@ -251,18 +341,38 @@ class Libp2pTransport:
             await self._dial(peer, self._known[peer], timeout_s)
 
     async def _dial(self, peer: PeerId, addresses: list[str], timeout_s: float) -> None:
+        """Connect, and see that there is a connection.
+
+        While the daemon dials a peer for anybody (its DHT, a request given up here), everybody's
+        dials to that peer are one, and that one ends with the connection that it once made, also
+        when that has been closed since. It lasts as long as an address that does not answer is
+        waited for, 5 to 15 s; until then only the peer's own dial to us makes a connection.
+        """
         request = p2pd_pb2.Request(
             type=p2pd_pb2.Request.CONNECT,
             connect=p2pd_pb2.ConnectRequest(
-                peer=_id(peer).to_bytes(), addrs=[_dial_bytes(a) for a in addresses]
+                peer=libp2p_id(peer).to_bytes(), addrs=[dial_bytes(a) for a in addresses]
             ),
         )
         try:
             async with asyncio.timeout(timeout_s):
                 await self._tell(peer, request)
+                there = peer in await self._peers(peer)
         except TimeoutError:
             raise gone(peer, timeout_s) from None
+        if not there:
+            self._connected.discard(peer)
+            raise TransportError(peer, "the network daemon takes a closed connection for a new one")
         self._connected.add(peer)
+
+    async def _daemon_runs(self, give_up_s: float) -> bool:
+        """Wait for the daemon that takes another one's place; whether there is one then."""
+        try:
+            async with asyncio.timeout_at(give_up_s):
+                await self._runs.wait()
+        except TimeoutError:
+            return False
+        return self.p2p is not None
 
     def _client(self) -> Any:
         if self.p2p is None:
@@ -304,9 +414,9 @@ class Libp2pTransport:
         writer: asyncio.StreamWriter,
         *,
         opened_here: bool,
-    ) -> FramedStream:
+    ) -> _Stream:
         pipe = await SocketPipe.take_over(reader, writer)
-        stream = FramedStream(pipe, peer, self.budget, opened_here=opened_here)
+        stream = _Stream(pipe, peer, self.budget, opened_here=opened_here)
         self._streams.add(stream)
         return stream
 
@@ -315,7 +425,10 @@ class Libp2pTransport:
     async def _on_unary(self, request: bytes, sender: Any) -> bytes:
         peer = PeerId(str(sender))
         self.budget.received(len(request))
-        coded = await answer(self._on_call, self._call_slots, peer, request)
+        handler = self._on_call
+        if self._beneath is not None and request.startswith(self._beneath[0]):
+            handler = self._beneath[1]
+        coded = await answer(handler, self._call_slots, peer, request)
         self.budget.charge(len(coded))
         return coded
 
@@ -325,7 +438,7 @@ class Libp2pTransport:
         peer = PeerId(str(info.peer_id))
         stream = await self._stream(peer, reader, writer, opened_here=False)
         task = asyncio.create_task(
-            serve_stream(stream, self._on_stream, self._stream_slots), name=f"stream from {peer}"
+            serve_stream(stream, self._on_stream, self.stream_slots), name=f"stream from {peer}"
         )
         self._serving.add(task)
         task.add_done_callback(self._served)
@@ -344,54 +457,24 @@ class Libp2pTransport:
                     "that holds it"
                 )
             self._port = 0
-        family = "ip6" if ":" in self._host else "ip4"
-        local = self._host in ("127.0.0.1", "::1", "localhost")
-        host = "127.0.0.1" if self._host == "localhost" else self._host
-        made: list[Any] = []
-
-        class Daemon(_Daemon):
-            def __init__(self) -> None:
-                super().__init__()
-                made.append(self)  # `create` keeps it to itself where it fails
-
-        creating = asyncio.ensure_future(
-            Daemon.create(
-                host_maddrs=[f"/{family}/{host}/tcp/{self._port}"],
-                announce_maddrs=list(self._announce) or None,
-                identity_path=str(self._key_file),
-                check_if_identity_free=False,  # it parses RSA keys only
-                auto_nat=not local,
-                nat_port_map=not local,
-                use_relay=self._relay,
-            )
+        p2p = await daemon.launch(
+            self._key_file, self._host, self._port, self._announce, self.posture
         )
         try:
-            p2p = await asyncio.shield(creating)
-        except asyncio.CancelledError:
-            with contextlib.suppress(P2PDaemonError, OSError, EOFError):
-                await _stop(await creating, "closed")  # cancelled half-way it would live on
-            raise
-        except (P2PDaemonError, OSError, EOFError):
-            for daemon in made:
-                if daemon._child is not None:  # reaped here, while the loop still runs
-                    with contextlib.suppress(ProcessLookupError):
-                        daemon._child.kill()
-                    await daemon._child.wait()
-            raise
-        try:
             control = p2p._client.control
-            control._pending_calls = _Pending(control._pending_calls)
+            control._pending_calls = daemon.Pending(control._pending_calls)
             if str(p2p.peer_id) != self.peer_id:
                 raise P2PDaemonError(f"the daemon calls itself {p2p.peer_id}")
             await p2p._client.add_unary_handler(CALL, self._on_unary)
             await p2p.add_binary_stream_handler(BULK, self._on_inbound)
             self.p2p = p2p
-            await self._refresh_addresses()
+            await self.refresh_addresses()
         except BaseException:  # cancelled, too: the daemon must not outlive us
             self.p2p = None
-            await _stop(p2p, "start failed")
+            await daemon.stop(p2p, "start failed")
             raise
         self._remember_port()
+        self._runs.set()
 
     def _remember_port(self) -> None:
         ports = [m[1] for a in self._addresses if (m := re.search(r"/tcp/(\d+)/p2p/", a))]
@@ -399,11 +482,16 @@ class Libp2pTransport:
             self._port = int(ports[0])
             remember_port(self._folder, self._port)
 
-    async def _refresh_addresses(self) -> None:
+    async def refresh_addresses(self) -> None:
+        """Ask the daemon under which addresses it is known.
+
+        Raises:
+            TransportError, TimeoutError: it does not say.
+        """
         request = p2pd_pb2.Request(type=p2pd_pb2.Request.IDENTIFY)
         async with asyncio.timeout(limits.CALL_TIMEOUT_S):
             response = await self._tell(self.peer_id, request)
-        found = [str(Multiaddr(raw)) for raw in response.identify.addrs]
+        found = [a for raw in response.identify.addrs if (a := read(raw))]
         found.sort(key=lambda a: a.startswith(("/ip4/127.", "/ip6/::1/")))
         self._addresses = [f"{a}/p2p/{self.peer_id}" for a in found][: limits.ADDRESSES_MAX]
 
@@ -411,11 +499,13 @@ class Libp2pTransport:
         while True:
             reason = await self._daemon_death()
             died_s = time.monotonic()
-            _log.warning("network daemon: %s; starting it again", reason)
+            if reason != CHANGED:
+                _log.warning("network daemon: %s; starting it again", reason)
             peers = [(p, self._known[p]) for p in self._connected if p in self._known]
             await self._stop_daemon(reason)
             for attempt in range(sys.maxsize):
                 await asyncio.sleep(RESTART_WAITS_S[min(attempt, len(RESTART_WAITS_S) - 1)])
+                self._changed.clear()  # the posture of this moment is what it gets
                 try:
                     await self._start_daemon()
                     break
@@ -423,6 +513,8 @@ class Libp2pTransport:
                     _log.warning("the network daemon does not start: %s", error)
             for listener in self.restart_listeners:
                 listener(reason, time.monotonic() - died_s, self.p2p)
+            if not self._changed.is_set():
+                self._restarted.set()
             await asyncio.gather(*(self._redial(peer, where) for peer, where in peers))
 
     async def _daemon_death(self) -> str:
@@ -430,22 +522,26 @@ class Libp2pTransport:
         p2p = self.p2p
         control = p2p._client.control
         child = asyncio.ensure_future(p2p._child.wait())
+        changed = asyncio.ensure_future(self._changed.wait())
         try:
             while True:
                 done, _ = await asyncio.wait(
-                    {child, control._read_task, control._write_task, p2p._listen_task},
+                    {child, changed, control._read_task, control._write_task, p2p._listen_task},
                     timeout=ADDRESSES_REFRESH_S,
                     return_when=asyncio.FIRST_COMPLETED,
                 )
                 if done:
                     break
                 with contextlib.suppress(TransportError, TimeoutError):
-                    await self._refresh_addresses()
+                    await self.refresh_addresses()
+            if changed in done:
+                return CHANGED
             # The connection breaks a moment before the exit status is there.
             await asyncio.wait({child}, timeout=0.1)
             return f"ended with status {child.result()}" if child.done() else "stopped talking"
         finally:
             child.cancel()
+            changed.cancel()
 
     async def _redial(self, peer: PeerId, addresses: list[str]) -> None:
         with contextlib.suppress(TransportError):
@@ -453,109 +549,20 @@ class Libp2pTransport:
 
     async def _stop_daemon(self, reason: str) -> None:
         p2p, self.p2p = self.p2p, None
+        self._runs.clear()
         self._connected.clear()
         for stream in list(self._streams):
             stream.abort(f"network daemon: {reason}")
         if p2p is not None:
-            await _stop(p2p, reason)
+            await daemon.stop(p2p, reason)
 
 
-class _Pending(dict[Any, Any]):
-    """hivemind's table of calls, without those that were cancelled a moment ago.
+class _Stream(FramedStream):
+    """A stream of the daemon's."""
 
-    Its reader asks `id in table` and then sets the result, which on a cancelled future raises and
-    ends the reader: from then on no call is ever answered.
-    """
-
-    def __contains__(self, key: object) -> bool:
-        future = self.get(key)
-        return future is not None and not future.done()
-
-
-class _Daemon(P2P):  # type: ignore[misc]
-    """p2pd in a session of its own, so that Ctrl-C in the terminal reaches only us."""
-
-    _UNIX_SOCKET_PREFIX = "/unix" + socket_prefix()
-    stopped = False
-
-    def __del__(self) -> None:
-        if not self.stopped:  # else there is nothing left to do, and this may run anywhere
-            super().__del__()
-
-    @staticmethod
-    def _make_process_args(*args: Any, **kwargs: Any) -> list[str]:
-        detach = "import os, sys; os.setsid(); os.execv(sys.argv[1], sys.argv[1:])"
-        daemon: list[str] = P2P._make_process_args(*args, **kwargs)
-        return [sys.executable, "-I", "-S", "-c", detach, *daemon]
-
-
-async def _stop(p2p: Any, reason: str) -> None:
-    """End a daemon, whatever state it is in, and everything that waits for it."""
-    for future in list(p2p._client.control._pending_calls.values()):
-        if not future.done():
-            future.set_exception(P2PDaemonError(f"network daemon: {reason}"))
-    p2p._terminate()
-    try:
-        async with asyncio.timeout(STOP_TIMEOUT_S):
-            await p2p._child.wait()
-    except TimeoutError:
-        p2p._child.kill()
-        await p2p._child.wait()
-    p2p.stopped = True
-    control = p2p._client.control
-    tasks = {p2p._reader_task, p2p._listen_task, control._read_task, control._write_task} - {None}
-    done, _ = await asyncio.wait(tasks, timeout=STOP_TIMEOUT_S)
-    for task in done:
-        if not task.cancelled() and (error := task.exception()) is not None:
-            _log.debug("network daemon: %r", error)  # a broken pipe: that is how it died
-    for maddr in (p2p._daemon_listen_maddr, p2p._client_listen_maddr):
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(maddr["unix"])  # noqa: PTH108 - a socket file in /tmp: nothing blocks
-
-
-def peer_of(address: str) -> PeerId:
-    """The peer id at the end of a multiaddress.
-
-    Raises:
-        ValueError: not a multiaddress that ends in /p2p/ID with an Ed25519 peer's id.
-    """
-    where, mark, name = address.rpartition("/p2p/")
-    if not mark or not where.startswith("/") or len(address) > limits.ADDRESS_CHARS_MAX:
-        raise ValueError(f"{address!r} is not an address like /ip4/192.0.2.7/tcp/31337/p2p/12D3...")
-    peer = PeerId(name)
-    public_key_of(peer)
-    _dial_bytes(address)
-    return peer
-
-
-def _is_address_of(address: str, peer: PeerId) -> bool:
-    try:
-        return peer_of(address) == peer
-    except ValueError:
-        return False
-
-
-def _dial_bytes(address: str) -> bytes:
-    """The binary multiaddress without the last /p2p/ID.
-
-    hivemind's own `Multiaddr.to_bytes` codes /p2p/ID as a CID where libp2p wants a multihash.
-    """
-    where, _, _ = address.rpartition("/p2p/")
-    coded = b""
-    for index, part in enumerate(re.split(r"/p2p/([^/]+)", where)):
-        try:
-            if index % 2:
-                multihash = _id(PeerId(part)).to_bytes()
-                coded += b"\xa5\x03" + bytes([len(multihash)]) + multihash
-            elif part:
-                coded += Multiaddr(part).to_bytes()
-        except (ValueError, LookupError, TypeError, OSError) as error:
-            raise ValueError(f"{address!r} is not a multiaddress ({error})") from None
-    return coded
-
-
-def _id(peer: PeerId) -> Any:
-    return PeerID.from_base58(peer)
+    @property
+    def is_open(self) -> bool:
+        return not self._broken
 
 
 def _short(error: BaseException) -> str:

@@ -128,7 +128,7 @@ class MemoryTransport:
         self._on_call: CallHandler | None = None
         self._on_stream: StreamHandler | None = None
         self._call_slots = Slots(CALLS_MAX, CALLS_PER_PEER_MAX)
-        self._stream_slots = Slots(limits.STREAMS_MAX, limits.STREAMS_PER_PEER_MAX)
+        self.stream_slots = Slots(limits.STREAMS_MAX, limits.STREAMS_PER_PEER_MAX)
         self._serving: set[asyncio.Task[None]] = set()
 
     def serve(self, on_call: CallHandler, on_stream: StreamHandler) -> None:
@@ -190,7 +190,7 @@ class MemoryTransport:
 
     def accept(self, stream: FramedStream) -> None:
         task = asyncio.create_task(
-            serve_stream(stream, self._on_stream, self._stream_slots),
+            serve_stream(stream, self._on_stream, self.stream_slots),
             name=f"stream from {stream.peer}",
         )
         self._serving.add(task)

@@ -68,17 +68,17 @@ def write_key(folder: Path, signer: Signer) -> Path:
     return path
 
 
-def remembered_port(folder: Path) -> int:
+def remembered_port(folder: Path, name: str = _PORT_FILE) -> int:
     """The port of last time, or 0."""
     with suppress(OSError, ValueError):
-        port = int((folder / _PORT_FILE).read_text().strip())
+        port = int((folder / name).read_text().strip())
         return port if 0 < port < 2**16 else 0
     return 0
 
 
-def remember_port(folder: Path, port: int) -> None:
+def remember_port(folder: Path, port: int, name: str = _PORT_FILE) -> None:
     with suppress(OSError):  # a full disk costs the port, not the peer
-        (folder / _PORT_FILE).write_text(f"{port}\n")
+        (folder / name).write_text(f"{port}\n")
 
 
 def socket_prefix() -> str:

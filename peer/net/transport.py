@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from protocols.errors import RemoteProtocolError
 from protocols.types import PeerId
 
 
@@ -21,6 +22,10 @@ class TransportError(Exception):
         super().__init__(f"{peer}: {reason}")
         self.peer = peer
         self.reason = reason
+
+
+Posted = bytes | TransportError | RemoteProtocolError
+"""How a message fared: what it was answered with, or why it was not taken."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +176,8 @@ class WorkCarriedOver:
     """Part of this peer's work of a round came too late for its outcome.
 
     None of it is lost: it stays in the local progress and goes out with the next contribution,
-    with a weight that falls with its age (`outer.staleness`).
+    with a weight that falls with its age (`outer.staleness`). But for zeroth-order runs, where work
+    holds for one round's state alone: there it is lost, and its blocks are trained again.
     """
 
     round: int
@@ -301,6 +303,40 @@ class StateReceived:
     round: int
     bytes: int
     seconds: float
+    given: dict[str, int]
+    """Donor -> bytes that came from it; the rest was here already."""
+
+
+@dataclass(frozen=True, slots=True)
+class StateArriving:
+    """A long transfer goes on: so many of its bytes are here, each chunk checked."""
+
+    donor: str
+    bytes: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A member of the group (or this peer) told how its share of the questions went."""
+
+    peer: str
+    round: int
+    sums: dict[str, Any]
+    """Counts, and perplexity, exact_match and accuracy that follow: `Score.report`."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredTogether:
+    """What the group's shares come to together: all are in, or the next ones are due."""
+
+    round: int
+    peers: list[str]
+    """Who told."""
+    members: int
+    """How many were to tell."""
+    sums: dict[str, Any]
+    """See `Scored`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -392,8 +428,8 @@ Event = (
     | RoundPlanned | CodecChosen | ContributionSent | MixCommitted | MixReturned | MixSettled
     | MixDropped | MixLost | WorkCarriedOver | RoundFinished | BlocksCounted | BlocksReissued
     | BlocksLost | DigestsAgreed | DigestDiffered | StateReceived | Reconciled | StateServed
-    | CaughtUp | CheckpointSaved | CheckpointLoaded | Progress
-    | DaemonRestarted | Left
+    | StateArriving | CaughtUp | CheckpointSaved | CheckpointLoaded | Progress
+    | Scored | ScoredTogether | DaemonRestarted | Left
 )  # fmt: skip
 
 Listener = Callable[[Event], None]

@@ -13,13 +13,17 @@ from typing import TYPE_CHECKING, Any, Final
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from peer.errors import NetworkError
+from peer.net.lane_counters import CARRIERS, FAILURES, REFUSALS, LaneCounters
 from peer.observe import events as ev
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+
+    from prometheus_client.metrics_core import Metric
 
 REQUEST_BYTES_MAX: Final = 4096  # nobody has anything to tell these two pages
 CLOSE_TIMEOUT_S: Final = 0.5
@@ -68,6 +72,48 @@ class Metrics:
             )
         }
         self._bytes = (0, 0)
+        self.lanes = LaneCounters()
+        """Looked at whenever somebody asks for the metrics; the transport's own, if it has any."""
+        self.method: Callable[[], Mapping[str, Any]] = dict
+        """What the method tells of itself, likewise."""
+        self.registry.register(self)
+
+    def collect(self) -> Iterator[Metric]:
+        """What the bulk lane and the method count by themselves, as a prometheus_client
+        Collector."""
+        lanes, method = self.lanes, self.method()
+        for name, text, key in (
+            ("mean_tail", "Norm of what the run's rank cut off the last mean", "tail"),
+            ("work_lost", "Norm of own work that own rank could not hold", "lost"),
+        ):
+            yield GaugeMetricFamily(f"murmuration_{name}", text, value=method.get(key, 0.0))
+
+        def family(name: str, text: str, label: str, counts: Iterable[tuple[str, int]]) -> Metric:
+            found = CounterMetricFamily(f"murmuration_{name}", text, labels=[label])
+            for kind, count in counts:
+                found.add_metric([kind], count)
+            return found
+
+        yield family(
+            "streams_opened", "Streams opened here, by who carries them", "carrier",
+            ((carrier, lanes.opened[carrier]) for carrier in CARRIERS),
+        )  # fmt: skip
+        yield family(
+            "lane_failures", "Bulk lanes that did not come about, or broke", "kind",
+            ((kind, lanes.failed[kind]) for kind in FAILURES),
+        )  # fmt: skip
+        yield family(
+            "lane_refused", "Bulk lanes of others that were turned away", "kind",
+            ((kind, lanes.refused[kind]) for kind in REFUSALS),
+        )  # fmt: skip
+        for name, text, value in (
+            ("lane_bytes_up", "Bytes sent over bulk lanes", lanes.bytes_up),
+            ("lane_bytes_down", "Bytes received over bulk lanes", lanes.bytes_down),
+        ):
+            yield CounterMetricFamily(f"murmuration_{name}", text, value=value)
+        yield GaugeMetricFamily(
+            "murmuration_lane_connections", "Bulk lanes open now", value=lanes.connections
+        )
 
     def __call__(self, event: ev.Event) -> None:
         match event:

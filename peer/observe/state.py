@@ -36,6 +36,9 @@ class State:
         self.blocks: ev.BlocksCounted | None = None
         self.checkpoint: ev.CheckpointSaved | None = None
         self.checkpoint_s: float | None = None
+        self.scored: dict[str, ev.Scored] = {}
+        """The latest of each peer, as of the latest round that was scored."""
+        self.scored_together: ev.ScoredTogether | None = None
         self.left: str | None = None
         self.group = ""
         self.members: tuple[str, ...] = ()
@@ -71,6 +74,12 @@ class State:
                 self.blocks = event
             case ev.GroupChanged():
                 self.group, self.members = event.group, tuple(event.members)
+            case ev.Scored():
+                latest = max([event.round, *(s.round for s in self.scored.values())])
+                kept = {p: s for p, s in self.scored.items() if s.round == latest}
+                self.scored = {**kept, event.peer: event} if event.round == latest else kept
+            case ev.ScoredTogether():
+                self.scored_together = event
             case ev.CheckpointSaved():
                 self.checkpoint, self.checkpoint_s = event, self.clock()
             case ev.ViaAnswered():
@@ -131,6 +140,7 @@ class State:
             "last_round": finished,
             "digests_agreed": self.agreed,
             "blocks": self.blocks,
+            "scores": {"overall": self.scored_together, "peers": dict(self.scored)},
             "checkpoint_round": self.checkpoint.round if self.checkpoint else None,
             "checkpoint_age_s": self.checkpoint_age_s(),
             "via": dict(self.via),

@@ -109,10 +109,17 @@ def _line(event: ev.Event) -> Line | None:
                 f" {short(event.donor)}",
             )
         case ev.StateReceived():
+            others = len(event.given) - (event.donor in event.given)
+            helped = f" and {others} more" if others else ""
             return Line(
                 "info",
-                f"got the run's state at round {event.round} from {short(event.donor)}:"
+                f"got the run's state at round {event.round} from {short(event.donor)}{helped}:"
                 f" {size(event.bytes)} in {event.seconds:.1f} s",
+            )
+        case ev.StateArriving():
+            return Line(
+                "info",
+                f"the run's state is coming: {size(event.bytes)} of {size(event.total)} are here",
             )
         case ev.Reconciled():
             return Line(
@@ -120,6 +127,9 @@ def _line(event: ev.Event) -> Line | None:
                 f"the group went on without us since round {event.parted}: took its state, kept our"
                 f" {event.tokens:,.0f} tokens of work for the next round",
             )
+        case ev.ScoredTogether():
+            told = f"{len(event.peers)} of {plural(event.members, 'peer')}"
+            return Line("info", f"round {event.round}: {scores(event.sums)} ({told})")
         case ev.CaughtUp():
             return Line("info", f"made good the missed round {event.round} ({short(event.donor)})")
         case ev.CheckpointLoaded():
@@ -190,13 +200,15 @@ def _detail(event: ev.Event) -> Line | None:
         case ev.WorkCarriedOver():
             text = (
                 f"round {event.round}: {event.share:.0%} of this peer's work ({event.tokens:,.0f}"
-                " tokens) came too late; it goes into the next"
+                " tokens) came too late; it goes into the next (of a zo run: is lost)"
             )
         case ev.DigestsAgreed():
             text = (
                 f"round {event.round}: {plural(len(event.peers), 'peer')} agree on"
                 f" {clean(event.digest)[:8]}"
             )
+        case ev.Scored():
+            text = f"round {event.round}: {short(event.peer)} scored {scores(event.sums)}"
         case ev.StateServed():
             text = (
                 f"gave the state of round {event.round} to {short(event.peer)}: {size(event.bytes)}"
@@ -220,6 +232,18 @@ def account(counts: Mapping[str, Any]) -> str:
         for name in told
         if counts[name] or name != "elsewhere"
     )
+
+
+def scores(sums: Mapping[str, Any]) -> str:
+    """`96 questions, perplexity 3.20, 12.5 % answered exactly, 40.0 % chosen right`."""
+    parts = [plural(sums["rows"], "question")]
+    if sums["perplexity"] is not None:
+        parts.append(f"perplexity {sums['perplexity']:.3g}")
+    if sums["exact_match"] is not None:
+        parts.append(f"{sums['exact_match']:.1%} answered exactly")
+    if sums["accuracy"] is not None:
+        parts.append(f"{sums['accuracy']:.1%} chosen right")
+    return ", ".join(parts)
 
 
 def round_line(event: ev.RoundFinished) -> str:

@@ -16,6 +16,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final
 from weakref import WeakValueDictionary
 
@@ -23,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from peer.exchange import Outcome
+from peer.state_chunks import StateGrid
 from peer.train.composite import Mix, split
 from peer.train.mixtable import MixTable
 from protocols.loans import MixId
@@ -34,6 +36,7 @@ Masses = npt.NDArray[np.int64]
 
 WIDTH: Final = 2  # values in a unit
 STATES_KEPT: Final = 4096  # the latest, of all groups
+CHUNKS: Final = 8  # of a state, so that several donors can give it
 CONTRIBUTIONS_KEPT: Final = 64  # per peer; rounds further back can't be caught up with
 _HEAD: Final = struct.Struct(f"<IdI{WIDTH}d")  # checksum, weight, contributions inside, values
 _WHO: Final = struct.Struct("<II")  # machine, its contribution's number
@@ -87,7 +90,8 @@ class History:
     """An outer state: what was applied so far. Shared by all peers that stand there."""
 
     round: int
-    digest: Digest
+    name: bytes
+    """Of this history: SHA-256 over its rounds' outcomes."""
     theta_UD: Values
     works: dict[int, tuple[int, ...]]
     """Machine -> per unit the numbers of its works inside, as bits."""
@@ -98,6 +102,13 @@ class History:
     """Mix -> (sign, the units that have it as bits): as the table should say, and never forgets."""
     twice: tuple[tuple[MixId, int], ...] = ()
     """(mix, unit) that its round applied although it was inside."""
+
+    @cached_property
+    def digest(self) -> Digest:
+        """As a real state's, over what of it travels."""
+        arrays = arrays_of(self)
+        grid = grid_of(self)
+        return grid.digest(grid.leaves(arrays))
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,14 +148,14 @@ class Books:
         """A state may be on its way when everybody has moved on."""
         self.origin = History(
             0,
-            Digest(hashlib.sha256(b"origin").digest()),
+            hashlib.sha256(b"origin").digest(),
             np.zeros((units, WIDTH)),
             {},
             np.zeros(units, np.int64),
             MixTable(units).array,
             {},
         )
-        self._states[self.origin.digest] = self.origin
+        self._states[self.origin.name] = self.origin
 
     def note(self, contribution: SimContribution) -> None:
         mine = self.contributions.setdefault(contribution.author, {})
@@ -164,8 +175,8 @@ class Books:
             for bits in state.works.get(machine, (0,))
         )
 
-    def find(self, digest: bytes) -> History | None:
-        return self._states.get(digest)
+    def find(self, name: bytes) -> History | None:
+        return self._states.get(name)
 
     def parts(self, payload: bytes) -> tuple[bytes, tuple[Mix, ...]]:
         """(mean, mixes) of a unit as every peer applies it."""
@@ -178,11 +189,11 @@ class Books:
 
     def after(self, state: History, outcomes: Sequence[Outcome]) -> History:
         """The state after a round: computed once for all peers that apply it."""
-        total = hashlib.sha256(state.digest)
+        total = hashlib.sha256(state.name)
         for outcome in outcomes:
             total.update(outcome.header.content)
-        digest = Digest(total.digest())
-        known = self._states.get(digest)
+        name = total.digest()
+        known = self._states.get(name)
         if known is not None:
             return known
         theta_UD, mass_U = state.theta_UD.copy(), state.mass_U.copy()
@@ -203,9 +214,9 @@ class Books:
                         bits = works.setdefault(author, [0] * self.units)
                         bits[u] |= made.works[u]
         frozen = {who: tuple(bits) for who, bits in works.items()}
-        new = History(state.round + 1, digest, theta_UD, frozen, mass_U, state.mixes, state.mixed)
+        new = History(state.round + 1, name, theta_UD, frozen, mass_U, state.mixes, state.mixed)
         _mix(state, new, riding)
-        self._states[digest] = new
+        self._states[name] = new
         self._recent.append(new)
         return new
 
@@ -239,5 +250,9 @@ def _mix(before: History, state: History, riding: Iterable[tuple[int, Mix]]) -> 
 
 def arrays_of(state: History) -> dict[str, npt.NDArray[Any]]:
     """A state as it travels: the numbers, and what finds the rest of it again."""
-    digest = np.frombuffer(state.digest, np.uint8)
-    return {"digest": digest, "theta": state.theta_UD}
+    return {"name": np.frombuffer(state.name, np.uint8), "theta": state.theta_UD}
+
+
+def grid_of(state: History) -> StateGrid:
+    """The same for all states of a simulation."""
+    return StateGrid(arrays_of(state), chunk_bytes=max(8, state.theta_UD.nbytes // CHUNKS))

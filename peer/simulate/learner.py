@@ -31,6 +31,7 @@ from peer.simulate.books import (
     Values,
     arrays_of,
     coded_mass,
+    grid_of,
     read_mass,
     read_unit,
 )
@@ -38,8 +39,9 @@ from peer.simulate.loop import VirtualLoop
 from peer.train.mixing import Difference
 from peer.train.mixtable import MixTable
 from peer.train.shared import SharedStream
-from peer.transfer import Snapshot, TensorNote, describe
+from peer.transfer import Snapshot
 from protocols.blocks import NO_BLOCKS
+from protocols.events import Remembered
 from protocols.fragments import Fragments
 from protocols.ledger import Counted, Ledger, entries_of
 from protocols.messages import Plan
@@ -66,6 +68,11 @@ class SimReducer:
         self._charge(self._unit_s)
         if len(read_unit(payload).inside) != 1:
             raise ValueError("a contribution has one author")
+
+    def check_sum(self, unit: int, payload: bytes) -> None:
+        self._charge(self._unit_s)
+        if not read_unit(payload).inside:
+            raise ValueError("a sum of nothing")
 
     def reduce(self, unit: int, parts: Sequence[tuple[float, bytes]]) -> Reduced:
         self._charge(self._unit_s * len(parts))
@@ -206,6 +213,9 @@ class Disk:
     works: int = 0
     ledger: bytes = b""
     """At that state."""
+    past: Remembered | None = None
+    """... and of its group, then."""
+    past_s: float = 0.0
     contributions: int = 0
     """Numbers already given, which no restart gives again."""
 
@@ -247,7 +257,7 @@ class SimLearner:
         self.state = disk.state or books.origin
         self.restored = disk.state is not None
         self.ticker = Ticker(resume_s=loop.time())
-        self.tensors: tuple[TensorNote, ...] = describe(arrays_of(self.state))
+        self.grid = grid_of(self.state)
         self._machine = machine
         self._me = me
         self._books = books
@@ -431,7 +441,7 @@ class SimLearner:
         await self._between_steps(self.load_.apply_s)
         if state.round < self.round and not step_back:
             return False
-        known = self._books.find(state.arrays["digest"].tobytes())
+        known = self._books.find(state.arrays["name"].tobytes())
         if known is None or known.digest != state.digest or known.round != state.round:
             return False
         if not np.array_equal(known.theta_UD, state.arrays["theta"]):
@@ -449,6 +459,9 @@ class SimLearner:
         self._own_work.forget()
         self._taken_s = self.ticker.trained_s
         return True
+
+    async def after_load(self) -> None:
+        """A state is on this disk as soon as it is here."""
 
     def _stand_at(self, state: History) -> None:
         self.state = state

@@ -104,6 +104,7 @@ class Path:
                     break
                 delay_s += wait_s
                 wait_s *= 2
+                lost = loss  # of several packets hardly ever more than one is: that one goes again
         return round(delay_s, 7)  # the same on every machine, whatever its libm's last bit
 
 

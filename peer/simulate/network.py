@@ -33,15 +33,12 @@ from peer.net.calls import (
     report,
 )
 from peer.net.framing import serve_stream
-from peer.net.transport import CallHandler, Frame, StreamHandler, TransportError
+from peer.net.transport import CallHandler, Frame, Posted, StreamHandler, TransportError
 from peer.simulate.links import Line, Path, PathSpec
 from peer.simulate.loop import Entry, VirtualLoop
 from protocols import limits
 from protocols.errors import LocalProtocolError, RemoteProtocolError
 from protocols.types import PeerId
-
-Posted = TransportError | RemoteProtocolError | None
-"""How a message fared; None: it was taken."""
 
 PREFIX: Final = "/sim/p2p/"
 CALL_BYTES: Final = 120  # a call's own cost: stream header, encryption, packet headers
@@ -178,19 +175,19 @@ class SimTransport:
     def post(
         self, peer: PeerId, request: bytes, timeout_s: float, done: Callable[[Posted], None]
     ) -> None:
-        """As `call`, for who only wants to know that it came: nobody has to wait, so it costs no
-        task. `done` is never told before this returns."""
+        """As `call`, for who need not wait for the answer, so it costs no task. `done` is never
+        told before this returns."""
         act = self._calls(request)
 
         def settle(coded: bytes | None) -> None:
             if self.dead:
                 return  # whoever asked is gone
+            answer: Posted
             try:
-                read_answer(peer, self._arrived(peer, coded, timeout_s))
+                answer = read_answer(peer, self._arrived(peer, coded, timeout_s))
             except (TransportError, RemoteProtocolError) as error:
-                done(error)
-            else:
-                done(None)
+                answer = error
+            done(answer)
 
         try:
             self._travel(peer, len(request), timeout_s, act, settle)
@@ -424,8 +421,10 @@ class _Half:
         loop = self._network.loop
         now_s = loop.time()
         latency_s = self._path.delay_s(min(size, 4096), now_s)
-        _, through_s = self._target.machine.down.bulk(size, now_s + latency_s)
-        due_s = max(through_s, end_s + latency_s, self._arrived_s)
+        # What is lost and sent again comes later, but holds nobody else's up.
+        straight_s = self._path.spec.latency_s
+        _, through_s = self._target.machine.down.bulk(size, now_s + straight_s)
+        due_s = max(through_s + latency_s - straight_s, end_s + latency_s, self._arrived_s)
         self._arrived_s = due_s
         loop.call_at(due_s, self.arrive, size, frame, context=self.context)
 

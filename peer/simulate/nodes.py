@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import dataclasses
 import functools
 import hashlib
 import random
@@ -30,7 +31,7 @@ from peer.simulate.network import Machine, SimTransport
 from peer.simulate.scenario import Lie, PeerSpec
 from peer.simulate.signing import FastSigner
 from peer.train.shared import departed, shares_now
-from protocols.events import Leaving, StateReady
+from protocols.events import Leaving, Remembered, StateReady
 from protocols.gossip import GossipConfig, GossipMachine
 from protocols.group import GroupConfig, GroupMachine
 from protocols.identity import Signer
@@ -128,7 +129,7 @@ class Node:
         task.remove_done_callback(self._ended)
         task.cancel()
         if wipe:
-            self.disk.state, self.disk.ledger = None, b""
+            self.disk.state, self.disk.ledger, self.disk.past = None, b"", None
 
     def leave(self) -> None:
         """Hand over what is in flight, and say goodbye."""
@@ -237,8 +238,10 @@ class Node:
                 members_max=scenario.members_max,
                 aggregators_max=scenario.aggregators_max,
                 round_s=scenario.round_s / scenario.fragments,
+                round_s_max=scenario.round_s_max / scenario.fragments,
                 exchange_s=scenario.exchange_s,
                 quorum=scenario.quorum,
+                collect=scenario.collect,
             ),
             clock.monotonic(),
         )
@@ -308,8 +311,17 @@ class Node:
         )
         self.driver, self.learner, self.directory = driver, learner, directory
         first = self.index == 0 and self.lives == 1
+
+        def remember(past: Remembered) -> None:
+            if not transport.dead:
+                self.disk.past, self.disk.past_s = past, clock.time()
+
+        driver.remember = remember
         if learner.restored:
             await self._look_around(directory)
+        if self.disk.past is not None:
+            gone_s = max(0.0, clock.time() - self.disk.past_s)
+            driver.feed(dataclasses.replace(self.disk.past, silent_s=gone_s))
         if first or learner.restored:
             driver.feed(StateReady(learner.round, learner.digest))
         presence.issue_record()

@@ -20,7 +20,7 @@ from protocols.fragments import Fragments
 PEERS_MIN: Final = 2
 PEERS_MAX: Final = 64
 SMALL_MAX: Final = 12  # a group or three, in which faults meet each other; ...
-LARGE_SHARE: Final = 0.2  # ... the others cost a hundred times as much
+LARGE_SHARE: Final = 0.1  # ... the others cost a hundred times as much
 SPEED_OF_GLASS_KM_S: Final = 200_000.0
 CALM_S: Final = 90.0  # at a scenario's end: whatever was broken has so long to heal
 LAST_MILE_S: Final = 0.002
@@ -99,6 +99,8 @@ class Scenario:
     duration_s: float = 300.0
     """Of which the last `CALM_S` seconds should be free of faults."""
     round_s: float = 10.0
+    round_s_max: float = 0.0
+    """The most to which slow exchanges lengthen a round; less than `round_s`: never."""
     exchange_s: float = 20.0
     units: int = 8
     fragments: int = 1
@@ -106,6 +108,8 @@ class Scenario:
     members_max: int = 16
     aggregators_max: int = 4
     quorum: float = 0.5
+    collect: bool = True
+    """Whether regions of a group sum up before what they have crosses to others."""
     budgets: bool = True
     """Whether owners say how fast their lines are; else peers measure it."""
     gossip_every: int = 0

@@ -10,17 +10,22 @@ where a model or large files are involved: call them in the training thread (`Tr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peer.errors import DataError
 
 if TYPE_CHECKING:
+    from torch.nn import Module
+
     from peer.manifest import Manifest
-    from peer.train.data import Blocks
-    from peer.train.flat import FlatMethod
+    from peer.train.local import LocalValues
+    from peer.train.means import Wish
+    from peer.train.method import DataSource, ModelMethod
     from peer.train.tokens import Tokenizer
+    from protocols.identity import Signer
 
 __all__ = ["build_data", "build_method", "build_tokenizer"]
 
@@ -30,10 +35,24 @@ def build_method(
     assets: Path | None = None,
     device: str | None = None,
     threads: int | None = None,
-) -> FlatMethod:
+    *,
+    wish: Wish | None = None,
+    upload_bps: float | None = None,
+    signer: Signer | None = None,
+    say: Callable[[str], None] = lambda _: None,
+    local: Callable[[Module], LocalValues] | None = None,
+) -> ModelMethod:
     """The manifest's method with its model on `device` (by default CUDA if there is any).
 
+    `wish`: what this peer trains in a hybrid run, decided with a look at the machine and its
+    `upload_bps`; None: the run's rank, whatever that takes. `signer`: who signs what is sent, where
+    a method asks for that; None: nobody, and then nothing is sent. `say`: told what takes long, in
+    this thread and in those that the method is used in. `local`: makes the local values of a
+    `pretrain` or `lora` run out of its model (with adapters), which they are to begin with; None:
+    `Inner`, which trains them.
+
     Raises:
+        UsageError: a wish for what the run does not have.
         ManifestError: it makes no working model, one too large for this machine, or one too small
             for so many fragments.
         StorageError: an asset is missing.
@@ -44,7 +63,7 @@ def build_method(
     from peer.manifest import ADAPTIVE
     from peer.train.flat import Streaming
     from peer.train.inner import Inner
-    from peer.train.lora import LoraMethod
+    from peer.train.lora import LoraMethod, with_adapters
     from peer.train.models import build_model
     from peer.train.pretrain import MEAN_CODEC, PretrainMethod
     from tensorcodecs import get_codec
@@ -53,16 +72,34 @@ def build_method(
         torch.set_num_threads(threads)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = build_model(manifest, assets)
+    if manifest.method.kind == "zo":
+        from peer.train.zeroth import ZerothMethod
+        from peer.train.zeroth_rules import rules_of
+
+        if manifest.zeroth.adapters:
+            model = with_adapters(model, manifest.method, manifest.model.seed)
+        return ZerothMethod(
+            model, partial(rules_of, manifest), where, signer, folder=assets, say=say
+        )
+    values = local or (lambda model: Inner(model, manifest.inner, where))
     streaming = Streaming(
         fragments=manifest.schedule.fragments, tau=manifest.outer.tau, alpha=manifest.outer.alpha
     )
+    if manifest.method.kind == "hybrid":
+        from peer.train.adapted import layers_of
+        from peer.train.hybrid import HybridMethod, codec_for
+        from peer.train.means import Machine, Wish, decide, job_of, look_around
+        from peer.train.own_change import bits_of
+
+        shapes = [layer.shape for layer in layers_of(model, manifest.method.targets).values()]
+        job = job_of(manifest, model, shapes, bits_of(codec_for(manifest)))
+        seen = Machine(free_bytes=0, flops=1.0) if wish is None else look_around(where, upload_bps)
+        means = decide(wish or Wish("lora"), job, seen, manifest.method.admit)
+        return HybridMethod(model, manifest, where, means, say=say)
     if manifest.method.kind == "lora":
         return LoraMethod(
-            model,
+            values(with_adapters(model, manifest.method, manifest.model.seed)),
             manifest.method,
-            manifest.inner,
-            where,
-            manifest.model.seed,
             staleness=manifest.outer.staleness,
             streaming=streaming,
         )
@@ -70,10 +107,9 @@ def build_method(
     codec = get_codec(MEAN_CODEC if adaptive else manifest.codec.name)
     for used in (codec, get_codec(MEAN_CODEC)):
         used.encode(np.zeros(1, np.float32))  # compiles or loads its loops before the first round
-    inner = Inner(model, manifest.inner, where)
     mixing = manifest.schedule.gossip_every > 0
     return PretrainMethod(
-        inner, manifest.outer, codec, adaptive=adaptive, mixing=mixing, streaming=streaming
+        values(model), manifest.outer, codec, adaptive=adaptive, mixing=mixing, streaming=streaming
     )
 
 
@@ -105,12 +141,13 @@ def build_data(
     assets: Path | None,
     tokenizer: Tokenizer,
     paths: Sequence[Path] = (),
-) -> Blocks:
+) -> DataSource:
     """The manifest's data, or this peer's own files of the same kind where `paths` are given.
 
     Raises:
         DataError: missing, empty, not text, or too little; or the run leaves the data to each
             peer and there are no `paths`.
+        ManifestError: the run's chat format is damaged.
         StorageError: a data asset is missing.
     """
     from peer.manifest_toml import data_files
@@ -124,9 +161,23 @@ def build_data(
     files: Sequence[Path] = data_files(paths, source)
     if not files:
         files = [require_asset(assets, name) for name in spec.paths]
-    if source in ("text", "jsonl", "parquet") and not files:
+    if source in ("text", "jsonl", "parquet", "chat") and not files:
         raise DataError(
             f"this run leaves its data ({source}) to each peer; name your files with --data PATH"
+        )
+    if source == "chat":
+        from peer.train.chat import ChatBlocks
+        from peer.train.chat_format import format_beside, plain
+
+        form = None if assets is None else format_beside(assets / "tokenizer" / "tokenizer.json")
+        return ChatBlocks(
+            files,
+            tokenizer,
+            form or plain(tokenizer),
+            sequence_length=spec.sequence_length,
+            block_samples=spec.block_samples,
+            validation_share=spec.validation_share,
+            validation_samples=spec.validation_samples,
         )
     match source:
         case "stdlib":

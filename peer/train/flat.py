@@ -20,7 +20,6 @@ values is sent again, so with alpha some work counts more than once.)
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,8 +31,9 @@ import numpy.typing as npt
 import torch
 
 from peer.errors import ManifestError
+from peer.state_chunks import ChunkHashes, StateGrid
 from peer.train.composite import Mix, split
-from peer.train.inner import Float32, Inner
+from peer.train.local import Float32, LocalValues
 from peer.train.method import ArrayMap, Reducer, StepResult
 from peer.train.mixing import UnitMixer, add_mix
 from peer.train.mixtable import MixTable
@@ -100,10 +100,13 @@ class FlatMethod(ABC):
     """See `Method`; one that mixes sets it, and overrides `mixer`."""
     dropped_work = 0
     """Contributions dropped because they were not finite."""
+    carries = True
+    idle = False
+    refusal = ""
 
     def __init__(
         self,
-        inner: Inner,
+        inner: LocalValues,
         units: int,
         others: Mapping[str, Float32],
         *,
@@ -123,8 +126,8 @@ class FlatMethod(ABC):
         check_fragments(streaming.fragments, units)
         self.fragments = Fragments.cut(sizes, streaming.fragments)
         self._streaming = streaming
-        self._digests: list[bytes | None] = [None] * self.fragments.count
-        """Of each fragment's state, until it changes."""
+        self._grid: StateGrid | None = None  # made when all of the state is there
+        self._hashes: ChunkHashes | None = None
         self._owed = Owed(sizes, staleness, streaming.fragments)
         self._pending: _Pending | None = None
         self._ahead = 0
@@ -207,6 +210,7 @@ class FlatMethod(ABC):
             raise ValueError(f"an outcome of units {units}, which are no fragment")
         if mine.shape != (len(units),):
             raise ValueError(f"{mine.shape} flags for {len(units)} units")
+        self._changed(units)
         for unit, payload, own in zip(units, outcome, mine, strict=True):
             if payload:
                 where = self._slice(unit)
@@ -215,7 +219,6 @@ class FlatMethod(ABC):
                     self._due.append((where, shift_U))
                 else:
                     self.inner.shift(where, shift_U)
-        self._digests[self.fragments.edges.index(first)] = None
 
     def _apply_unit(self, unit: int, where: slice, payload: bytes, mine: bool) -> Float32:
         """The mean, then the mixes: by how much x moves. What can't be decoded changes nothing,
@@ -318,31 +321,35 @@ class FlatMethod(ABC):
             self.mixes.load(arrays[MIXES])
         for name, own in self._outer.items():
             own[:] = arrays[name]
-        self._digests = [None] * self.fragments.count
+        self._chunk_hashes().replaced()
 
     def digest(self) -> bytes:
-        sha = hashlib.sha256(self.inner.layout.digest())
-        if self.fragments.count == 1:
-            self._hash(sha, range(self.units))
-            return sha.digest()
-        # A round changes one fragment: the others' digests are remembered.
-        for index, known in enumerate(self._digests):
-            if known is None:
-                part = hashlib.sha256()
-                self._hash(part, self.fragments.of(index))
-                known = self._digests[index] = part.digest()
-            sha.update(known)
-        return sha.digest()
+        return self._chunk_hashes().digest(self._arrays())
 
-    def _hash(self, sha: hashlib._Hash, units: range) -> None:
+    @property
+    def grid(self) -> StateGrid:
+        if self._grid is None:
+            self._grid = StateGrid(self._arrays(), self.inner.layout.digest())
+        return self._grid
+
+    def _chunk_hashes(self) -> ChunkHashes:
+        if self._hashes is None:
+            self._hashes = ChunkHashes(self.grid)
+        return self._hashes
+
+    def _arrays(self) -> ArrayMap:
+        """The outer state itself, not copies."""
+        mixes: ArrayMap = {} if self.mixes is None else {MIXES: self.mixes.array}
+        return {**self._outer, **mixes}
+
+    def _changed(self, units: range) -> None:
         """The outer state of these units: vectors by their values, the rest by units."""
         where = slice(self._slice(units.start).start, self._slice(units.stop - 1).stop)
-        for name in sorted(self._outer):
-            values = self._outer[name]
-            whole = len(values) == len(self._theta_N)
-            sha.update(values[where if whole else slice(units.start, units.stop)].data)
-        if self.mixes is not None:
-            sha.update(self.mixes.array[units.start : units.stop].data)
+        for name, values in self._arrays().items():
+            whole = name != MIXES and len(values) == len(self._theta_N)
+            rows = where if whole else slice(units.start, units.stop)
+            size = values.nbytes // len(values) if len(values) else 0
+            self._chunk_hashes().changed(name, rows.start * size, rows.stop * size)
 
     def inner_state(self) -> ArrayMap:
         return self.inner.state()

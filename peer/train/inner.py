@@ -9,7 +9,8 @@ Shapes: N = trainable values, B = samples, T = tokens in a sample, V = vocabular
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,11 @@ from torch.nn import functional
 
 from peer.errors import StorageError
 from peer.manifest import InnerSpec
+from peer.train.local import Float32
 from peer.train.method import ArrayMap, StepResult
 from peer.train.models import quiet_library
+from peer.train.samples import IGNORED, learned_tokens, parts_of
 from tensorcodecs import Layout
-
-Float32 = npt.NDArray[np.float32]
 
 
 class Inner:
@@ -35,13 +36,21 @@ class Inner:
     (autocast); weights and moments stay float32.
     """
 
-    def __init__(self, model: torch.nn.Module, spec: InnerSpec, device: torch.device) -> None:
-        """Takes `model` over. What requires no gradient stays as it is."""
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        spec: InnerSpec,
+        device: torch.device,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """Takes `model` over. What requires no gradient stays as it is. `clock`: the calendar's
+        seconds since 1970, which `InnerSpec.ends` goes by."""
         self.model = model.to(device)
         self.device = device
         self.skipped_steps = 0
         """Steps left out because loss or gradient was not finite."""
         self._spec = spec
+        self._clock = clock
         named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.layout = Layout.of((name, tuple(p.shape)) for name, p in named.items())
         self.flat = torch.empty(self.layout.numel, device=device)
@@ -75,10 +84,11 @@ class Inner:
         self._optimizer.state.update(zip(ordered, states, strict=True))
         self.model.train()
 
-    def step(self, batch_BT: torch.Tensor) -> StepResult:
-        """One AdamW step. A loss or gradient that is not finite changes nothing: 0 tokens."""
+    def step(self, batch: torch.Tensor) -> StepResult:
+        """One AdamW step on a batch (B, T) or (B, 3, T), see `peer.train.samples`. A loss or
+        gradient that is not finite changes nothing: 0 tokens."""
         self._gradient.zero_()
-        loss = self._loss(batch_BT)
+        loss = self._loss(batch)
         loss.backward()  # type: ignore[no-untyped-call]
         norm = float(torch.linalg.vector_norm(self._gradient))
         value = loss.item()
@@ -89,9 +99,9 @@ class Inner:
             self._gradient.mul_(self._spec.grad_clip / norm)
         warmup = min(1.0, (float(self._steps[0]) + 1) / max(1, self._spec.warmup_steps))
         for group in self._optimizer.param_groups:
-            group["lr"] = self._spec.lr * warmup
+            group["lr"] = self._spec.lr * warmup * self._spec.rate_at(self._clock())
         self._optimizer.step()
-        return StepResult(loss=value, tokens=batch_BT.numel())
+        return StepResult(loss=value, tokens=learned_tokens(batch))
 
     def shift(self, where: slice, shift_N: Float32) -> None:
         """Add to the trainable values at `where`."""
@@ -119,14 +129,9 @@ class Inner:
             self.model.train()
 
     def evaluate(self, values_N: Float32, batches: Iterable[torch.Tensor]) -> float:
-        """Mean loss (nats per token) with other trainable values; NaN without batches."""
-        total = 0.0
-        tokens = 0
-        with torch.no_grad(), self.holding(values_N):
-            for batch_BT in batches:
-                total += float(self._loss(batch_BT)) * batch_BT.numel()
-                tokens += batch_BT.numel()
-        return total / tokens if tokens else math.nan
+        """Mean loss (nats per learned token) with other trainable values; NaN without batches."""
+        with self.holding(values_N):
+            return mean_loss(self.model, batches, self.device)
 
     def forget(self, where: slice) -> None:
         """Drop the optimiser's moments there."""
@@ -150,12 +155,41 @@ class Inner:
             for step in self._steps:
                 step.fill_(float(steps[0]))
 
-    def _loss(self, batch_BT: torch.Tensor) -> torch.Tensor:
-        ids_BT = batch_BT.to(self.device, non_blocking=True)
-        cuda = self.device.type == "cuda"
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=cuda):
-            logits_BTV = self.model(input_ids=ids_BT[:, :-1], use_cache=False).logits
-        return functional.cross_entropy(logits_BTV.float().flatten(0, 1), ids_BT[:, 1:].flatten())
+    def _loss(self, batch: torch.Tensor) -> torch.Tensor:
+        return next_token_loss(self.model, batch, self.device)
+
+
+def next_token_loss(
+    model: torch.nn.Module, batch: torch.Tensor, device: torch.device, half: bool | None = None
+) -> torch.Tensor:
+    """Mean over the learned tokens of a batch (B, T) or (B, 3, T), nats per token. `half`: whether
+    the arithmetic runs in bfloat16 (autocast); None: on CUDA."""
+    ids_BT, labels_BT, positions_BT = parts_of(batch.to(device, non_blocking=True))
+    # Positions tell the model where texts begin; without them there is one text a row.
+    texts = {} if positions_BT is None else {"position_ids": positions_BT[:, :-1]}
+    enabled = device.type == "cuda" if half is None else half
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled):
+        logits_BTV = model(input_ids=ids_BT[:, :-1], use_cache=False, **texts).logits
+    return functional.cross_entropy(
+        logits_BTV.float().flatten(0, 1), labels_BT[:, 1:].flatten(), ignore_index=IGNORED
+    )
+
+
+def mean_loss(
+    model: torch.nn.Module, batches: Iterable[torch.Tensor], device: torch.device,
+    half: bool | None = None,
+) -> float:  # fmt: skip
+    """Mean loss over all learned tokens of the batches, nats per token; NaN without any. `half`:
+    see `next_token_loss`."""
+    total = 0.0
+    tokens = 0
+    with torch.no_grad():
+        for batch in batches:
+            learned = learned_tokens(batch)
+            if learned:  # or its mean is not a number
+                total += float(next_token_loss(model, batch, device, half)) * learned
+                tokens += learned
+    return total / tokens if tokens else math.nan
 
 
 def fitting(values: npt.NDArray[Any] | None, numel: int) -> Float32 | None:

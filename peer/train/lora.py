@@ -1,8 +1,10 @@
 """Finetuning by low-rank adapters: peers average the products B A, not the factors.
 
+(With `method.aggregate = "fedit"` they average the factors, to see the difference.)
+
 The base is frozen and the same on every peer (assets, or the run's seed). A unit is one adapted
 layer's pair of factors, coded exactly. The mean of products is brought back to the adapter's rank
-(`peer.train.lowrank`) by one aggregator, and everybody takes the same coded factors as the new
+(`peer.finetune.products`) by one aggregator, and everybody takes the same coded factors as the new
 outer state: no outer optimiser. Work done since the contribution stays, added to the factors; the
 factors that come back are the nearest to those that went in, so it still points the right way.
 Where they moved by more than half their length all the same, Adam's moments start afresh.
@@ -24,10 +26,14 @@ import numpy as np
 import torch
 
 from peer.errors import ManifestError
-from peer.manifest import InnerSpec, MethodSpec
+from peer.finetune.baselines import fedit
+from peer.finetune.changes import LowRank
+from peer.finetune.products import Factors, mean_product
+from peer.manifest import MethodSpec
+from peer.train.base import base_digest, note_base
 from peer.train.flat import WHOLE, FlatMethod, Streaming, UnitCoder
-from peer.train.inner import Float32, Inner, save_model
-from peer.train.lowrank import Factors, mean_product
+from peer.train.inner import save_model
+from peer.train.local import Float32, LocalValues
 from peer.train.method import Reducer
 from peer.train.models import generator_of
 from protocols import limits
@@ -115,11 +121,25 @@ class ProductMean:
             return Reduced(b"", tuple(refused))
         total = sum(weight for weight, _ in whole)
         pairs = [(weight / total, adapter.split(values)) for weight, values in whole]
-        (A, B), self.tails[unit] = mean_product(pairs)
+        A, B = self._mean(unit, pairs)
         values = np.concatenate([A.ravel(), B.ravel()])
         # Hostile factors can be huge and still pass; what comes of them must stay sendable.
         flat = np.clip(values, -VALUE_ABS_MAX, VALUE_ABS_MAX).astype(np.float32)
         return Reduced(adapter.frame(flat), tuple(refused))
+
+    def _mean(self, unit: int, pairs: list[tuple[float, Factors]]) -> Factors:
+        """Of factors whose weights add up to one."""
+        factors, self.tails[unit] = mean_product(pairs)
+        return factors
+
+
+class FactorMean(ProductMean):
+    """Reducer: the mean of A and the mean of B (FedIT). Not the mean of what peers learned; there
+    to be compared with."""
+
+    def _mean(self, unit: int, pairs: list[tuple[float, Factors]]) -> Factors:
+        mean = fedit([(weight, LowRank(A_rn, B_mr)) for weight, (A_rn, B_mr) in pairs])
+        return mean.A, mean.B
 
 
 class LoraMethod(FlatMethod):
@@ -129,44 +149,29 @@ class LoraMethod(FlatMethod):
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        inner: LocalValues,
         method: MethodSpec,
-        inner: InnerSpec,
-        device: torch.device,
-        seed: int,
         *,
         staleness: float = 0.0,
         streaming: Streaming = WHOLE,
     ) -> None:
-        """Puts adapters into `model` (taken over); A from the seed, B zero, on every peer alike.
+        """`inner`: the values of a model of `with_adapters`.
 
         Raises:
-            ManifestError: the targets name no layers, the rank is too large for one, or there are
-                more fragments than layers.
+            ManifestError: the rank is too large for a layer, or there are more fragments than
+                layers.
         """
-        peft_model = _adapt(model, method)
-        for name, parameter in peft_model.named_parameters():
-            if ".lora_A." in name:
-                bound = 1 / np.sqrt(parameter.shape[1])  # peft's own: Kaiming uniform, a = sqrt 5
-                drawn = generator_of(seed, name).uniform(-bound, bound, tuple(parameter.shape))
-                parameter.data.copy_(torch.from_numpy(drawn.astype(np.float32)))
-            elif ".lora_B." in name:
-                parameter.data.zero_()
-        made = Inner(peft_model, inner, device)
-        self._adapters = _adapters(made)
-        super().__init__(made, len(self._adapters), {}, staleness=staleness, streaming=streaming)
+        self._mean_of = FactorMean if method.aggregate == "fedit" else ProductMean
+        self._adapters = _adapters(inner)
+        super().__init__(inner, len(self._adapters), {}, staleness=staleness, streaming=streaming)
 
     def reducer(self) -> Reducer:
-        return ProductMean(self._adapters)
+        return self._mean_of(self._adapters)
 
     def export(self, folder: str) -> None:
         """Write the merged model to `folder` and the adapter alone to `folder`/adapter."""
         with self.outer_model() as model:
-            merged = copy.deepcopy(model).merge_and_unload()  # type: ignore[operator]
-            save_model(merged, Path(folder))
-            cast("Any", model).save_pretrained(
-                str(Path(folder) / "adapter"), save_embedding_layers=False
-            )
+            save_merged(model, Path(folder))
 
     def _slice(self, unit: int) -> slice:
         return self._adapters[unit].where
@@ -189,7 +194,41 @@ class LoraMethod(FlatMethod):
         old[:] = new
 
 
-def _adapt(model: torch.nn.Module, method: MethodSpec) -> torch.nn.Module:
+def with_adapters(model: torch.nn.Module, method: MethodSpec, seed: int) -> torch.nn.Module:
+    """`model` (taken over), frozen, with adapters; A from the seed, B zero, on every peer alike.
+
+    Raises:
+        ManifestError: the targets fit no layer.
+    """
+    peft_model = adapt_by_peft(model, method)
+    for name, parameter in peft_model.named_parameters():
+        if ".lora_A." in name:
+            bound = 1 / np.sqrt(parameter.shape[1])  # peft's own: Kaiming uniform, a = sqrt 5
+            drawn = generator_of(seed, name).uniform(-bound, bound, tuple(parameter.shape))
+            parameter.data.copy_(torch.from_numpy(drawn.astype(np.float32)))
+        elif ".lora_B." in name:
+            parameter.data.zero_()
+    return peft_model
+
+
+def save_merged(model: torch.nn.Module, folder: Path) -> None:
+    """Write a model of `with_adapters`, merged, to `folder` and the adapter to `folder`/adapter.
+
+    Raises:
+        StorageError: the disk is full or not writable.
+    """
+    merged = copy.deepcopy(model).merge_and_unload()  # type: ignore[operator]
+    save_model(merged, folder)
+    cast("Any", model).save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
+    note_base(folder / "adapter", base_digest(model))
+
+
+def adapt_by_peft(model: torch.nn.Module, method: MethodSpec) -> torch.nn.Module:
+    """`model` (taken over) in peft's hands, with the manifest's adapters.
+
+    Raises:
+        ManifestError: the targets fit no layer.
+    """
     from peft import LoraConfig, get_peft_model
     from transformers.pytorch_utils import Conv1D
 
@@ -212,7 +251,7 @@ def _adapt(model: torch.nn.Module, method: MethodSpec) -> torch.nn.Module:
         ) from None
 
 
-def _adapters(inner: Inner) -> list[Adapter]:
+def _adapters(inner: LocalValues) -> list[Adapter]:
     """The pairs in canonical order: by name, A lies right before its B."""
     layout = inner.layout
     found = []
@@ -223,13 +262,23 @@ def _adapters(inner: Inner) -> list[Adapter]:
         assert ".lora_A." in name, name
         assert layout.names[i + 1] == name.replace(".lora_A.", ".lora_B."), name
         assert rank == r, name
-        if r > min(m, n):
-            raise ManifestError(
-                f"method.rank: {r} is more than the smaller side of {name} ({m} x {n}); lower it "
-                "or leave that layer out of method.targets"
-            )
-        bytes_max = _HEADER.size + _CODEC.bytes_max(stop - start)
-        if stop - start > FRAME_VALUES_MAX or bytes_max > limits.UNIT_BYTES_MAX:
-            raise ManifestError(f"method.rank: {r} makes factors too large to send; lower it")
-        found.append(Adapter(name, m, r, n, slice(start, stop)))
+        found.append(check_adapter(Adapter(name, m, r, n, slice(start, stop))))
     return found
+
+
+def check_adapter(adapter: Adapter, room: int = 0) -> Adapter:
+    """The adapter itself. `room`: bytes that are sent beside its factors.
+
+    Raises:
+        ManifestError: its rank is more than the layer has, or than a message holds.
+    """
+    m, r, n = adapter.m, adapter.r, adapter.n
+    if r > min(m, n):
+        raise ManifestError(
+            f"method.rank: {r} is more than the smaller side of {adapter.name} ({m} x {n}); lower"
+            " it or leave that layer out of method.targets"
+        )
+    bytes_max = _HEADER.size + room + _CODEC.bytes_max(adapter.size)
+    if adapter.size > FRAME_VALUES_MAX or bytes_max > limits.UNIT_BYTES_MAX:
+        raise ManifestError(f"method.rank: {r} makes factors too large to send; lower it")
+    return adapter

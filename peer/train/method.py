@@ -13,15 +13,18 @@ in the codec thread, one call at a time.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
+from peer.state_chunks import StateGrid
 from peer.train.mixing import UnitMixer
 from peer.train.mixtable import MixTable
 from protocols.fragments import Fragments
+from protocols.types import PeerId
 from tensorcodecs import Reduced
 
 if TYPE_CHECKING:
@@ -67,7 +70,31 @@ class Reducer(Protocol):
 
     def reduce(self, unit: int, parts: Sequence[tuple[float, bytes]]) -> Reduced:
         """The coded weighted mean of (weight, payload) pairs, all of which passed `check`, in
-        this order. A pure function: whoever has the same parts gets the same bytes."""
+        this order. A pure function: whoever has the same parts (and, where a method adds changes to
+        its outer state, the same state) gets the same bytes."""
+
+
+@runtime_checkable
+class SummingReducer(Reducer, Protocol):
+    """A reducer whose means are contributions themselves, of as much weight as what is in them:
+    so a region can sum up before what it has goes a long way (`protocols.regions`)."""
+
+    def check_sum(self, unit: int, payload: bytes) -> None:
+        """As `check`, of what `reduce` made."""
+
+
+@runtime_checkable
+class SignedReducer(Reducer, Protocol):
+    """A reducer of contributions that their authors signed: it is told who sent which, and for
+    which state, so that payloads need not say so themselves. Such are reduced here alone, and
+    `reduce` is not called."""
+
+    def reduce_signed(
+        self, unit: int, base: bytes, parts: Sequence[tuple[PeerId, float, bytes]]
+    ) -> Reduced:
+        """What becomes of (sender, weight, payload) triples, in order of the senders, in a round
+        that starts at the outer state with the digest `base`. `Reduced.refused`: indices of parts
+        whose signature, or content, is wrong. A pure function like `reduce`."""
 
 
 class Method(Protocol):
@@ -83,8 +110,23 @@ class Method(Protocol):
     does not mix, and `mixer` and `outer` are never called. Changed by `apply` and `load_state`
     only; others may look at it meanwhile."""
 
+    carries: bool
+    """Whether local work that missed an outcome goes into the next contribution; else an outcome
+    that changes the state ends it."""
+
+    @property
+    def idle(self) -> bool:
+        """Whether further local work is worth nothing before an outcome or a state has come: then
+        no steps are asked for. Changed by calls of this method alone."""
+
+    @property
+    def refusal(self) -> str:
+        """Why the latest outcome did not change the state, where its aggregator is to blame; else
+        ""."""
+
     def step(self, batch: torch.Tensor) -> StepResult:
-        """One inner step on `batch`: (B, T) int64 token ids. Moves it to the device itself."""
+        """One inner step on `batch`: stacked samples, (B, T) or (B, 3, T) int64. Moves it to the
+        device itself."""
 
     def contribution(self, units: range) -> Contribution:
         """Freeze the work of these units, one of the fragments, since the last one that held them,
@@ -137,7 +179,12 @@ class Method(Protocol):
         """
 
     def digest(self) -> bytes:
-        """SHA-256 over the outer state (32 bytes): equal on every peer in step."""
+        """Of the outer state (32 bytes), equal on every peer in step: what `grid` makes of it
+        (`peer.state_chunks.ChunkHashes` hashes only what changed)."""
+
+    @property
+    def grid(self) -> StateGrid:
+        """How `state()` is cut into chunks, the same on every peer of the run that stands there."""
 
     def inner_state(self) -> ArrayMap:
         """The inner optimiser's own memory, this peer's business; may be empty."""
@@ -152,14 +199,37 @@ class Method(Protocol):
         """Write the outer parameters as a transformers model folder (safetensors only)."""
 
 
+class ModelMethod(Method, Protocol):
+    """A method that trains a transformers model: what `peer.train.build_method` gives."""
+
+    refused_units: int
+    """Units of outcomes that could not be read and so changed nothing, on any peer alike."""
+    dropped_work: int
+    """Contributions dropped because they were not finite."""
+
+    @property
+    def parameters(self) -> int:
+        """All parameters of the model, frozen ones too, tied ones once."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def outer_model(self) -> AbstractContextManager[torch.nn.Module]:
+        """The model with the outer parameters, for sampling and export; in the training thread."""
+
+
 class DataSource(Protocol):
-    """Blocks of training tokens. The network says which blocks are this peer's."""
+    """Blocks of training tokens. The network says which blocks are this peer's.
+
+    A sample is (T,) int64 ids, or (3, T) where it says which tokens are learned and where texts
+    begin (`peer.train.samples`); all samples of a source are of one kind.
+    """
 
     blocks: int
     """How many blocks there are; a block is a contiguous range of samples."""
 
     def block(self, index: int, epoch: int) -> list[torch.Tensor]:
-        """The samples of a block: each (T,) int64, the same on every peer for the same epoch."""
+        """The samples of a block, the same on every peer for the same epoch."""
 
     def validation(self) -> list[torch.Tensor]:
-        """Held-out samples (T,), never in any block; the same on every peer."""
+        """Held-out samples, never in any block; the same on every peer."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,10 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from peer.errors import ManifestError, StorageError
 from peer.manifest import Manifest
+from peer.train.base import check_base
 
 PARAMETERS_MAX: Final = 200 * 10**9  # beyond any machine a volunteer has; refused before building
 BYTES_PER_PARAMETER: Final = 28  # weights, gradient, two moments; outer weights, momentum, update
-BYTES_PER_FROZEN: Final = 4  # lora: float32 weights that are only read
+BYTES_PER_FORWARD: Final = 8  # zo: the weights, and a copy while their digest is made
+BYTES_PER_FROZEN: Final = 4  # lora, hybrid, zo: float32 weights that are only read
 
 _FILL_VALUES: Final = 2**22  # drawn at a time: 32 MiB of float64
 
@@ -38,8 +41,10 @@ def build_model(manifest: Manifest, assets: Path | None) -> torch.nn.Module:
         StorageError: an asset is missing.
     """
     count = parameters_of(manifest.model.config)
-    frozen = manifest.method.kind == "lora"
-    _require_memory(count * (BYTES_PER_FROZEN if frozen else BYTES_PER_PARAMETER))
+    each = BYTES_PER_PARAMETER if manifest.method.kind == "pretrain" else BYTES_PER_FROZEN
+    if manifest.method.kind == "zo" and not manifest.zeroth.adapters:
+        each = BYTES_PER_FORWARD
+    _require_memory(count * each)
     names = manifest.asset_names("model")
     if names:
         model = _load(manifest.model.config, [require_asset(assets, name) for name in names])
@@ -107,6 +112,39 @@ def load_folder(folder: Path) -> torch.nn.Module:
     except (OSError, ValueError) as error:
         raise StorageError(
             f"{folder}: no model there ({error}); name an exported folder"
+        ) from error
+
+
+def load_adapter(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
+    """`model` with the adapter that peft wrote to `folder` (safetensors only), merged into it.
+
+    Raises:
+        StorageError: there is no such adapter, or it is another model's.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import SafetensorError, safe_open
+
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise StorageError(f"{folder}: no {name} there; name a folder that peft wrote")
+    check_base(folder, model)
+    try:
+        with quiet_library(), warnings.catch_warnings():
+            # peft still asks transformers 5 the way of transformers 4.
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
+            warnings.filterwarnings("ignore", message=".*adapter keys")  # we look ourselves
+            adapted = PeftModel.from_pretrained(cast("Any", model), str(folder))
+            with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+                odd = set(file.keys()) ^ set(get_peft_model_state_dict(adapted))
+            if odd:
+                raise ValueError(f"{min(odd)} is in one of the two only")
+            return cast("torch.nn.Module", adapted.merge_and_unload())
+    except (
+        OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError,
+    ) as error:  # fmt: skip
+        text = " ".join(str(error).split())[:200]
+        raise StorageError(
+            f"{folder}: is no adapter of this model ({text}); name the model that it was made for"
         ) from error
 
 

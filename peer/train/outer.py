@@ -14,8 +14,17 @@ difference overshoots:
     t < delay:   theta <- theta - eta D / delay
     t = delay:   m <- beta m + B / delay;  theta <- theta - eta (beta m + D / delay);  B, t <- 0
 
-In float32 with separate NumPy multiplications and additions, unit by unit: the same bits on every
-machine, since IEEE 754 fixes each of them and nothing is fused.
+Of the local-update family (`peer/finetune/updates.py` has the clients' side), Adaptive Federated
+Optimization, arXiv 2003.00295, and Measuring the Effects of Non-Identical Data Distribution,
+arXiv 1909.06335:
+
+    FedAvg    theta <- theta - eta D
+    FedAvgM   m <- beta m + D;  theta <- theta - eta m
+    FedAdam   m <- beta m + (1 - beta) D;  v <- beta2 v + (1 - beta2) D^2
+              theta <- theta - eta m / (sqrt(v) + tau)          not corrected for its start at zero
+
+In float32 with separate NumPy operations, unit by unit: the same bits on every machine, since IEEE
+754 fixes each of them and nothing is fused.
 
 Shapes: N = all parameters, U = values of one unit, K = units.
 """
@@ -25,8 +34,9 @@ from __future__ import annotations
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
-from peer.train.inner import Float32
+Float32 = npt.NDArray[np.float32]
 
 
 class Outer(Protocol):
@@ -98,5 +108,72 @@ class DelayedNesterov:
             buffer_U[:] = 0
             seen = 0
         self._seen_K[unit] = seen
+        np.multiply(look_U, self._lr, out=look_U)
+        np.subtract(theta_U, look_U, out=theta_U)
+
+
+class FedAvg:
+    """See the module. No memory."""
+
+    def __init__(self, lr: float) -> None:
+        self.arrays: dict[str, Float32] = {}
+        self._lr = np.float32(lr)
+
+    def step(self, unit: int, where: slice, theta_U: Float32, mean_U: Float32) -> None:
+        """See `Outer.step`."""
+        np.multiply(mean_U, self._lr, out=mean_U)
+        np.subtract(theta_U, mean_U, out=theta_U)
+
+
+class FedAvgM:
+    """See the module. One vector of memory."""
+
+    def __init__(self, numel: int, lr: float, momentum: float) -> None:
+        self._m_N = np.zeros(numel, np.float32)
+        self.arrays: dict[str, Float32] = {"momentum": self._m_N}
+        self._lr = np.float32(lr)
+        self._beta = np.float32(momentum)
+
+    def step(self, unit: int, where: slice, theta_U: Float32, mean_U: Float32) -> None:
+        """See `Outer.step`."""
+        m_U = self._m_N[where]
+        np.multiply(m_U, self._beta, out=m_U)
+        np.add(m_U, mean_U, out=m_U)
+        np.multiply(m_U, self._lr, out=mean_U)
+        np.subtract(theta_U, mean_U, out=theta_U)
+
+
+class FedAdam:
+    """See the module. Two vectors of memory."""
+
+    def __init__(
+        self, numel: int, largest: int, lr: float, momentum: float, beta2: float, tau: float
+    ) -> None:
+        """`largest`: values in the largest unit. `tau`: what keeps steps of tiny D small, > 0."""
+        self._m_N = np.zeros(numel, np.float32)
+        self._v_N = np.zeros(numel, np.float32)
+        self.arrays: dict[str, Float32] = {"momentum": self._m_N, "variance": self._v_N}
+        self._lr = np.float32(lr)
+        self._beta = np.float32(momentum)
+        self._new = np.float32(1.0 - momentum)
+        self._beta2 = np.float32(beta2)
+        self._new2 = np.float32(1.0 - beta2)
+        self._tau = np.float32(tau)
+        self._look = np.empty(largest, np.float32)
+
+    def step(self, unit: int, where: slice, theta_U: Float32, mean_U: Float32) -> None:
+        """See `Outer.step`."""
+        m_U, v_U = self._m_N[where], self._v_N[where]
+        look_U = self._look[: len(theta_U)]
+        np.multiply(mean_U, mean_U, out=look_U)
+        np.multiply(look_U, self._new2, out=look_U)
+        np.multiply(v_U, self._beta2, out=v_U)
+        np.add(v_U, look_U, out=v_U)
+        np.multiply(mean_U, self._new, out=mean_U)
+        np.multiply(m_U, self._beta, out=m_U)
+        np.add(m_U, mean_U, out=m_U)
+        np.sqrt(v_U, out=look_U)
+        np.add(look_U, self._tau, out=look_U)
+        np.divide(m_U, look_U, out=look_U)
         np.multiply(look_U, self._lr, out=look_U)
         np.subtract(theta_U, look_U, out=theta_U)

@@ -17,7 +17,8 @@ import numpy.typing as npt
 
 from peer.manifest import OuterSpec
 from peer.train.flat import WHOLE, FlatMethod, Streaming, UnitCoder, sound
-from peer.train.inner import Float32, Inner, save_model
+from peer.train.inner import save_model
+from peer.train.local import Float32, LocalValues
 from peer.train.method import ArrayMap, Reducer
 from peer.train.mixing import UnitMixer
 from peer.train.mixtable import MixTable
@@ -49,12 +50,16 @@ class MeanReducer:
         """See `Reducer.reduce`."""
         return reduce_unit(parts, self._sizes[unit], self._codec)
 
+    def check_sum(self, unit: int, payload: bytes) -> None:
+        """See `SummingReducer.check_sum`."""
+        self.check(unit, payload)
+
 
 class PretrainMethod(FlatMethod):
     """Trains all parameters. Memory beside `Inner`'s: 12 bytes per parameter on the CPU."""
 
     def __init__(
-        self, inner: Inner, outer: OuterSpec, codec: Codec, *, adaptive: bool = False,
+        self, inner: LocalValues, outer: OuterSpec, codec: Codec, *, adaptive: bool = False,
         mixing: bool = False, streaming: Streaming = WHOLE,
     ) -> None:  # fmt: skip
         """`adaptive`: each link may code contributions otherwise, as its bandwidth allows.

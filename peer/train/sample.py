@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from peer.train.tokens import Tokenizer
@@ -29,11 +31,35 @@ def sample(
         raise ValueError(f"tokens must be 1 to {TOKENS_MAX} (got {tokens})")
     if not 0 <= temperature <= 100:
         raise ValueError(f"temperature must be 0 to 100 (got {temperature})")
-    device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    positions = int(getattr(model.config, "max_position_embeddings", 0) or 2**31)
     start = [tokenizer.end] if tokenizer.end is not None else []
-    ids = (start + tokenizer.encode(prompt))[-max(1, positions - tokens) :] or [0]
+    ids = (start + tokenizer.encode(prompt))[-max(1, positions_of(model) - tokens) :] or [0]
+    said = go_on(
+        model, ids, tokens, tokenizer.size,
+        lambda logits_V: _choose(logits_V, temperature, generator),
+        lambda said: said[-1] == tokenizer.end,
+    )  # fmt: skip
+    if said and said[-1] == tokenizer.end:
+        said.pop()
+    return tokenizer.decode(said)
+
+
+def positions_of(model: torch.nn.Module) -> int:
+    """How many tokens the model can tell apart by their place."""
+    return int(getattr(model.config, "max_position_embeddings", 0) or 2**31)
+
+
+def go_on(
+    model: torch.nn.Module,
+    ids: list[int],
+    tokens: int,
+    size: int,
+    choose: Callable[[torch.Tensor], int],
+    done: Callable[[list[int]], bool],
+) -> list[int]:
+    """At most `tokens` ids after `ids`: those that `choose` takes by the logits (V,) of the first
+    `size` ids, until what was said is `done`, or the model has no more positions."""
+    device = next(model.parameters()).device
     said: list[int] = []
     past = None
     was_training = model.training
@@ -41,17 +67,16 @@ def sample(
     try:
         with torch.no_grad():
             step = torch.tensor([ids], device=device)
-            while len(said) < tokens and len(ids) + len(said) <= positions:
+            while len(said) < tokens and len(ids) + len(said) <= positions_of(model):
                 out = model(input_ids=step, past_key_values=past, use_cache=True)
                 past = out.past_key_values
-                chosen = _choose(out.logits[0, -1, : tokenizer.size], temperature, generator)
-                if chosen == tokenizer.end:
+                said.append(choose(out.logits[0, -1, :size]))
+                if done(said):
                     break
-                said.append(chosen)
-                step = torch.tensor([[chosen]], device=device)
+                step = torch.tensor([[said[-1]]], device=device)
     finally:
         model.train(was_training)
-    return tokenizer.decode(said)
+    return said
 
 
 def _choose(logits_V: torch.Tensor, temperature: float, generator: torch.Generator) -> int:

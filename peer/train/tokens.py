@@ -6,15 +6,28 @@ Only the declarative tokenizer.json is read (by the `tokenizers` library); it ho
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 from peer.errors import ManifestError
 
 BYTES_END: Final = 256  # the id after the 256 bytes
 
+BESIDE: Final = ("tokenizer_config.json", "chat_template.jinja", "chat_format.json")
+"""What may lie beside a tokenizer.json: the library's two files, and `peer.train.chat_format`'s."""
+
 _END_NAMES: Final = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>")
+
+
+class Piece(NamedTuple):
+    """A stretch of a text of which some parts are learned and others only read."""
+
+    text: str | None
+    """None: the mark that ends a document; nothing where a tokenizer has none."""
+    learned: bool = False
 
 
 class Tokenizer(Protocol):
@@ -26,9 +39,14 @@ class Tokenizer(Protocol):
     """The id that ends a document, if there is one."""
     bytes_per_token: int
     """Roughly, for cutting text into blocks; the same on every peer."""
+    marks: re.Pattern[str] | None
+    """Finds what this tokenizer reads as control marks, not as text; None: nothing is."""
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`."""
+
+    def encode_pieces(self, pieces: Sequence[Piece]) -> tuple[list[int], list[bool]]:
+        """The ids of all the pieces as one text, and which of them hold any of a learned piece."""
 
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`; ids that are no text are left out or shown as a replacement mark."""
@@ -43,9 +61,18 @@ class ByteTokenizer:
     size = 257
     end: int | None = BYTES_END
     bytes_per_token = 1
+    marks: re.Pattern[str] | None = None
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8", "surrogatepass"))
+
+    def encode_pieces(self, pieces: Sequence[Piece]) -> tuple[list[int], list[bool]]:
+        ids: list[int] = []
+        learned: list[bool] = []
+        for text, learn in pieces:
+            ids += [BYTES_END] if text is None else self.encode(text)
+            learned += [learn] * (len(ids) - len(learned))
+        return ids, learned
 
     def decode(self, ids: list[int]) -> str:
         return bytes(i for i in ids if 0 <= i < 256).decode("utf-8", "replace")
@@ -93,18 +120,34 @@ class FileTokenizer:
         self._tokenizer.no_truncation()
         self.size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.end = self._find_end()
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        # The longest first, or `<|end|>` would be found inside of `<|end|>x`.
+        special = sorted((t.content for t in added if t.special and t.content), key=len)[::-1]
+        self.marks: re.Pattern[str] | None = None
+        if special:
+            self.marks = re.compile("|".join(map(re.escape, special)))
 
     def encode(self, text: str) -> list[int]:
-        clean = text.encode("utf-8", "replace").decode()  # the library refuses lone surrogates
-        ids: list[int] = self._tokenizer.encode(clean, add_special_tokens=False).ids
+        ids: list[int] = self._tokenizer.encode(_clean(text), add_special_tokens=False).ids
         return ids
+
+    def encode_pieces(self, pieces: Sequence[Piece]) -> tuple[list[int], list[bool]]:
+        # As one text, since a tokenizer treats the beginning of a text differently, and joins
+        # letters across pieces; the library tells where in the text each token comes from.
+        end: str = self._tokenizer.id_to_token(self.end) or "" if self.end is not None else ""
+        texts = [end if text is None else _clean(text) for text, _ in pieces]
+        flags: list[bool] = []
+        for text, (_, learn) in zip(texts, pieces, strict=True):
+            flags += [learn] * len(text)
+        coded = self._tokenizer.encode("".join(texts), add_special_tokens=False)
+        return coded.ids, [any(flags[a : max(b, a + 1)]) for a, b in coded.offsets]
 
     def decode(self, ids: list[int]) -> str:
         text: str = self._tokenizer.decode([i for i in ids if 0 <= i < self.size])
         return text
 
     def save(self, folder: Path) -> None:
-        for name in (self._path.name, "tokenizer_config.json"):
+        for name in (self._path.name, *BESIDE):
             if self._path.with_name(name).is_file():
                 shutil.copyfile(self._path.with_name(name), folder / name)
 
@@ -122,6 +165,11 @@ class FileTokenizer:
                 names.insert(0, name)
         ids = (self._tokenizer.token_to_id(name) for name in names)
         return next((i for i in ids if i is not None), None)
+
+
+def _clean(text: str) -> str:
+    """Without lone surrogates, which the library refuses."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _byte_letters() -> list[str]:

@@ -5,7 +5,8 @@ asks with `run(fn)`: the thread calls `fn(method)` between two inner steps and t
 back as an awaitable, so the loop never waits for torch.
 
 Time is accounted three ways: steps (`trained_s`), requests (`served_s`), and standing still after
-the first `start` (`waited_s`): paused by the driver, which means waiting for the network.
+the first `start` (`waited_s`): paused by the driver, or the method has nothing to do before an
+outcome comes, which both mean waiting for the network.
 """
 
 from __future__ import annotations
@@ -78,6 +79,14 @@ class Harvest:
     stats: Stats
     """Since the harvest before."""
     report: BlockReport = NO_BLOCKS
+
+
+class Training(Protocol):
+    """What makes a `Trainer` of a builder."""
+
+    def __call__(
+        self, build: Callable[[], tuple[Method, Batches]], *, threads: int | None
+    ) -> Trainer: ...
 
 
 class Trainer:
@@ -175,15 +184,7 @@ class Trainer:
         """Freeze what round `number` takes of the work so far, with the blocks and statistics since
         the last harvest, in one piece."""
 
-        def freeze(method: Method) -> Harvest:
-            contribution = method.contribution(method.fragments.of(number))
-            used = self.batches.drain_used()
-            if contribution.weight <= 0 and not method.owes():
-                self.batches.drop()  # no step was sound, or the method threw it all away
-            report = self.batches.report(number)
-            return Harvest(contribution, used, self._take_stats(), report)
-
-        return await self.run(freeze)
+        return await self.run(self._freeze, number)
 
     def stats(self) -> Stats:
         """Since the last harvest, up to now."""
@@ -200,6 +201,16 @@ class Trainer:
             await asyncio.shield(asyncio.to_thread(self._thread.join))
 
     # ── in the thread ────────────────────────────────────────────────────────────────────
+
+    def _freeze(self, method: Method, number: int) -> Harvest:
+        contribution = method.contribution(method.fragments.of(number))
+        used = self.batches.drain_used()
+        # Half-done work of who has stopped for good won't be whole in a later round.
+        half_done = not method.carries and not self._running
+        if contribution.weight <= 0 and (half_done or not method.owes()):
+            self.batches.drop()  # no step was sound, or the method threw it all away
+        report = self.batches.report(number)
+        return Harvest(contribution, used, self._take_stats(), report)
 
     def _main(self) -> None:
         try:
@@ -227,9 +238,9 @@ class Trainer:
     def _turn(self) -> bool:
         """Serve one request, or take one step, or wait for either. False at the end."""
         with self._wake:
-            if not (self._closing or self._requests or self._running):
+            if self._nothing_to_do():
                 self._idle_since = self._clock() if self._started else None
-                while not (self._closing or self._requests or self._running):
+                while self._nothing_to_do():
                     self._wake.wait()
                 self._stats = replace(self._stats, waited_s=self._waited_s())
                 self._idle_since = None
@@ -239,12 +250,21 @@ class Trainer:
         if request is not None:
             self._serve(*request)
             return True
+        self._train()
+        return True
+
+    def _train(self) -> None:
+        """Take one step."""
         begun = self._clock()
         result = self.method.step(self.batches.next_batch())
         self._account(
             trained_s=self._clock() - begun, tokens=result.tokens, loss=result.loss, steps=1
         )
-        return True
+
+    def _nothing_to_do(self) -> bool:
+        """Paused, or the method waits for an outcome; what ends that is a request."""
+        training = self._running and not self.method.idle
+        return not (self._closing or self._requests or training)
 
     def _serve(self, answer: Future[Any], call: Callable[[Method], Any]) -> None:
         if not answer.set_running_or_notify_cancel():

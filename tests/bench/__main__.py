@@ -1,5 +1,5 @@
-"""`python -m tests.bench [NAME] [--part PART] [--scenarios N] [--format json] [--quick] [--seed N]
-[--save]`.
+"""`python -m tests.bench [NAME] [--part PART] [--scenarios N] [--data DIR] [--format json]
+[--quick] [--seed N] [--save]`.
 
 Exit codes: 0 every bar holds, 1 a bar falls short, 2 no such measurement (or a wrong flag), 3 it
 could not be measured, 130 interrupted. Progress goes to stderr, the result to stdout.
@@ -14,8 +14,9 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
-from typing import Final
+from typing import Any, Final
 
 from rich.console import Console
 
@@ -46,11 +47,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     seed = secrets.randbits(32) if options.seed is None else options.seed
     command = f"python -m tests.bench {options.name} --seed {seed}"
     command += f" --scenarios {options.scenarios}" if options.scenarios is not None else ""
+    command += " --data DIR" * (options.data is not None)  # where it lies is nobody's business
     command += " --quick" * options.quick or " --save" * options.save
     errors.print(command, soft_wrap=True)
-    extra = {} if options.scenarios is None else {"scenarios": options.scenarios}
-    if extra and "scenarios" not in inspect.signature(measurement.run).parameters:
-        parser.error(f"{options.name} has no --scenarios")
+    extra: dict[str, Any] = {
+        name: value
+        for name in ("scenarios", "data")
+        if (value := getattr(options, name)) is not None
+    }
+    for name in extra.keys() - inspect.signature(measurement.run).parameters.keys():
+        parser.error(f"{options.name} has no --{name}")
     facts = machine.describe()
     try:
         with _politely_terminated():
@@ -90,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="small and rough: does it work?")
     parser.add_argument("--seed", type=int, help="default: a fresh one, which is printed")
     parser.add_argument("--scenarios", type=int, help="storm: how many random ones")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="finetune: texts and tasks")
     parser.add_argument("--save", action="store_true", help="write docs/results/NAME.md")
     return parser
 

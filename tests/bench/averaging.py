@@ -32,7 +32,7 @@ from tests.bench.tensors import Check
 
 
 @dataclass(frozen=True, slots=True)
-class _System:
+class System:
     """Whom to measure, and how far from the true mean its codec may be."""
 
     module: str
@@ -46,9 +46,9 @@ _OURS: Final = "murmuration"
 _OURS_8_BIT: Final = "murmuration, 8 bit"
 _SYSTEMS: Final = {
     # One lost piece of one peer would be an error of 0.25, whatever the codec.
-    _REFERENCE: _System("tests.bench.averaging_hivemind", 1e-2, {}),
-    _OURS: _System("tests.bench.averaging_ours", 0.12, {"codec": "q4"}),  # it has 0.101
-    _OURS_8_BIT: _System("tests.bench.averaging_ours", 1e-2, {"codec": "int8-raw"}),  # 0.006
+    _REFERENCE: System("tests.bench.averaging_hivemind", 1e-2, {}),
+    _OURS: System("tests.bench.averaging_ours", 0.12, {"codec": "q4"}),  # it has 0.101
+    _OURS_8_BIT: System("tests.bench.averaging_ours", 1e-2, {"codec": "int8-raw"}),  # 0.006
 }
 
 _PEERS: Final = 4
@@ -69,7 +69,7 @@ _QUICK: Final = _Scale(numel=1_000_000, warm_up=1, measured=2)
 
 
 @dataclass(frozen=True, slots=True)
-class _Round:
+class Round:
     """One round of one system, all peers together."""
 
     round: int
@@ -101,7 +101,7 @@ def run(quick: bool, seed: int, progress: Progress) -> Result:
     """See `registry.Measurement`. A few minutes; quick: half a minute."""
     scale = _QUICK if quick else _FULL
     systems = [name for name, system in _SYSTEMS.items() if find_spec(system.module)]
-    played: dict[str, list[_Round]] = {name: [] for name in systems}
+    played: dict[str, list[Round]] = {name: [] for name in systems}
     with ExitStack() as stack:
         fleets = {
             name: stack.enter_context(Fleet(name, _SYSTEMS[name].module, _PEERS))
@@ -116,7 +116,7 @@ def run(quick: bool, seed: int, progress: Progress) -> Result:
             if round_ is None:
                 break
             for name, fleet in fleets.items():
-                one = _play(fleet, _SYSTEMS[name].error_max, round_)
+                one = play(fleet, _SYSTEMS[name].error_max, round_)
                 played[name].append(one)
                 progress(_story(name, one, warm_up=round_ < scale.warm_up))
     return Result(
@@ -126,12 +126,13 @@ def run(quick: bool, seed: int, progress: Progress) -> Result:
     )
 
 
-def _play(fleet: Fleet, error_max: float, round_: int) -> _Round:
+def play(fleet: Fleet, error_max: float, round_: int) -> Round:
+    """One round of one system, verified at every peer."""
     fleet.ask("prepare", _STEP_TIMEOUT_S, number=round_)
     gather = fleet.timed("gather", _STEP_TIMEOUT_S, number=round_)
     if lost := _failures(gather):
         fleet.ask("cancel", _STEP_TIMEOUT_S, number=round_)
-        return _Round(round_, gather, None, [], lost)
+        return Round(round_, gather, None, [], lost)
     average = fleet.timed("average", _STEP_TIMEOUT_S, number=round_)
     checks = [Check(**facts) for facts in fleet.ask("verify", _STEP_TIMEOUT_S, number=round_)]
     unaware = [
@@ -139,7 +140,7 @@ def _play(fleet: Fleet, error_max: float, round_: int) -> _Round:
         for index, check in enumerate(checks)
         if not check.error <= error_max
     ]
-    return _Round(round_, gather, average, checks, _failures(average) or "; ".join(unaware))
+    return Round(round_, gather, average, checks, _failures(average) or "; ".join(unaware))
 
 
 def _failures(took: Took) -> str:
@@ -150,18 +151,18 @@ def _failures(took: Took) -> str:
     )
 
 
-def _good(done: list[_Round], scale: _Scale) -> list[_Round]:
+def _good(done: list[Round], scale: _Scale) -> list[Round]:
     """The measured rounds whose every result is the true mean."""
     return [one for one in done if one.round >= scale.warm_up and not one.failure]
 
 
-def _rows(name: str, done: list[_Round], scale: _Scale) -> list[dict[str, Cell]]:
+def _rows(name: str, done: list[Round], scale: _Scale) -> list[dict[str, Cell]]:
     rows = [_row(name, str(one.round), [one]) for one in done if one.round >= scale.warm_up]
     good = _good(done, scale)
     return [*rows, _row(name, "median", good)] if good else rows
 
 
-def _row(name: str, label: str, rounds: list[_Round]) -> dict[str, Cell]:
+def _row(name: str, label: str, rounds: list[Round]) -> dict[str, Cell]:
     checks = [check for one in rounds for check in one.checks]
     averages = [one.average for one in rounds if one.average]
     return {
@@ -179,7 +180,7 @@ def _row(name: str, label: str, rounds: list[_Round]) -> dict[str, Cell]:
     }
 
 
-def _bars(played: dict[str, list[_Round]], scale: _Scale) -> list[Bar]:
+def _bars(played: dict[str, list[Round]], scale: _Scale) -> list[Bar]:
     reference = _good(played[_REFERENCE], scale)
     against = f"{_REFERENCE}'s all-reduce without its matchmaking, median of {len(reference)}"
     bars: list[Bar] = []
@@ -211,11 +212,11 @@ def _bars(played: dict[str, list[_Round]], scale: _Scale) -> list[Bar]:
     return bars
 
 
-def _share(done: list[_Round]) -> str:
+def _share(done: list[Round]) -> str:
     return f"{sum(not one.failure for one in done)} of {len(done)} rounds"
 
 
-def _notes(played: dict[str, list[_Round]], scale: _Scale, seed: int) -> list[str]:
+def _notes(played: dict[str, list[Round]], scale: _Scale, seed: int) -> list[str]:
     setting = (
         f"Seed {seed}; {_PEERS} peers of {scale.numel:,} float32 values, standard normal, fresh in "
         f"every round; {scale.warm_up} warm-up round before these; one compute thread per process."
@@ -250,7 +251,7 @@ def _notes(played: dict[str, list[_Round]], scale: _Scale, seed: int) -> list[st
     return notes
 
 
-def _story(name: str, one: _Round, *, warm_up: bool) -> str:
+def _story(name: str, one: Round, *, warm_up: bool) -> str:
     story = (
         f"{name} round {one.round}{' (warm-up)' * warm_up}: {one.seconds:.2f} s and "
         f"{one.cpu_s:.2f} CPU-s after {one.gather.seconds:.2f} s of gathering, "

@@ -41,7 +41,11 @@ class HivemindPeer:
     _step: Any
     _flat: Any
 
-    def start(self, *, index: int, size: int, via: list[str], numel: int, seed: int) -> Reply:
+    def start(
+        self, *, index: int, size: int, via: list[str], numel: int, seed: int,
+        host: str = "127.0.0.1", matchmaking_s: float = _MATCHMAKING_S,
+        request_timeout_s: float = _REQUEST_TIMEOUT_S,
+    ) -> Reply:  # fmt: skip
         self._index, self._size, self._seed = index, size, seed
         # Its sockets go where the fleet tidies up.
         P2P._UNIX_SOCKET_PREFIX = f"/unix{tempfile.gettempdir()}/hivemind-"
@@ -49,7 +53,7 @@ class HivemindPeer:
         self._dht = hivemind.DHT(
             initial_peers=via,
             start=True,
-            host_maddrs=["/ip4/127.0.0.1/tcp/0"],
+            host_maddrs=[f"/ip4/{host}/tcp/0"],
             use_relay=False,
             auto_nat=False,
             nat_port_map=False,
@@ -61,8 +65,8 @@ class HivemindPeer:
             prefix="bench",
             target_group_size=size,
             min_group_size=size,
-            min_matchmaking_time=_MATCHMAKING_S,
-            request_timeout=_REQUEST_TIMEOUT_S,
+            min_matchmaking_time=matchmaking_s,
+            request_timeout=request_timeout_s,
             allreduce_timeout=_ALLREDUCE_TIMEOUT_S,
             compression=Float16Compression(),
             allow_state_sharing=False,
@@ -98,9 +102,10 @@ class HivemindPeer:
             return {"failure": f"a group of {len(group)}"}
         return {}
 
-    def verify(self, *, number: int) -> Reply:
+    def verify(self, *, number: int, without: int | None = None) -> Reply:
+        """Against the mean of all, or of all but one."""
         with self._averager.get_tensors():
-            return check(self._seed, number, self._size, self._flat.numpy()).facts()
+            return check(self._seed, number, self._size, self._flat.numpy(), without).facts()
 
 
 if __name__ == "__main__":

@@ -16,17 +16,20 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import uvloop
 
+from peer.capacity import UPLOAD_KBPS_UNKNOWN
 from peer.config import PeerConfig
 from peer.driver import AppliedFacts, Driver, Taken
 from peer.exchange import NO, Exchange, Outcome, refuse
 from peer.net.network import open_libp2p
 from peer.net.transport import Stream
 from peer.observe import events as ev
+from peer.state_chunks import StateGrid
 from peer.train.pretrain import MeanReducer
-from peer.transfer import Snapshot, TensorNote
+from peer.transfer import Snapshot
 from protocols import limits
 from protocols.events import RecordIssued, RecordSeen, StateReady
 from protocols.group import GroupConfig, GroupMachine
@@ -38,8 +41,8 @@ from tensorcodecs import CHUNK_VALUES, Codec, get_codec
 from tests.bench.tensors import Float32, check, contribution
 from tests.bench.worker import Reply, serve_async
 
-_RUN: Final = RunId("be" * 32)
-_ROUND_S: Final = 0.3
+RUN: Final = RunId("be" * 32)
+_ROUND_S: Final = 2.0  # before contributions are due: in less, who plans first is not settled
 _EXCHANGE_S: Final = 120.0
 _BATCH: Final = 16
 
@@ -64,21 +67,28 @@ class _Empty(_Tensor):
     weight = 0.0
 
 
-class _Vector:
+class Vector:
     """`driver.Learner` whose state is the mean of the last round."""
 
-    tensors: tuple[TensorNote, ...] = ()
+    grid = StateGrid({"history": np.zeros(32, np.uint8)})
 
     def __init__(self, numel: int, codec: Codec) -> None:
         self.codec = codec
         self.round = 0
-        self.digest = Digest(hashlib.sha256(b"start").digest())
+        self._history = hashlib.sha256(b"start").digest()
         self.values = np.empty(numel, np.float32)
         self.mean = np.empty(numel, np.float32)
         self.due = asyncio.Event()
         self.go = asyncio.Event()
         self.applied = asyncio.Event()
         self.everybody = False
+
+    @property
+    def digest(self) -> Digest:
+        return self.grid.digest(self.grid.leaves(self._arrays()))
+
+    def _arrays(self) -> dict[str, npt.NDArray[np.uint8]]:
+        return {"history": np.frombuffer(self._history, np.uint8)}
 
     async def take(self, number: int) -> Taken:
         if not self.everybody:
@@ -95,10 +105,10 @@ class _Vector:
         units = [unit for outcome in outcomes for unit in outcome.units]
         for first in range(0, len(units), _BATCH):
             await asyncio.to_thread(self._decode, first, units[first : first + _BATCH])
-        total = hashlib.sha256(self.digest)
+        total = hashlib.sha256(self._history)
         for outcome in outcomes:
             total.update(outcome.header.content)
-        self.digest = Digest(total.digest())
+        self._history = total.digest()
         self.round = number + 1
         self.applied.set()
         return AppliedFacts(self.digest, 1.0)
@@ -109,32 +119,49 @@ class _Vector:
             self.codec.decode_many(units, self.mean[values])
 
     async def snapshot(self) -> Snapshot:
-        return Snapshot(self.round, self.digest, {})
+        return Snapshot(self.round, self.digest, self._arrays())
 
     async def load(self, state: Snapshot, step_back: bool, parted: int | None = None) -> bool:
-        self.round, self.digest = state.round, state.digest
+        self.round, self._history = state.round, state.arrays["history"].tobytes()
         return True
+
+    async def after_load(self) -> None:
+        """Nothing is kept on a disk."""
+
+
+def signer_of(seed: int, index: int) -> Signer:
+    """Who the worker of that index is."""
+    return Signer(hashlib.sha256(f"{seed}/{index}".encode()).digest())
 
 
 class Murmurer:
     """The command handlers; see `tests.bench.averaging` for what each must do."""
 
+    _learner: Vector
+    _upload_kbps = UPLOAD_KBPS_UNKNOWN
+
+    def learner(self, numel: int, codec: Codec) -> Vector:
+        """What contributes and is averaged."""
+        return Vector(numel, codec)
+
     async def start(
-        self, *, index: int, size: int, via: list[str], numel: int, seed: int, codec: str
-    ) -> Reply:
-        self._index, self._size, self._seed = index, size, seed
-        self._learner = _Vector(numel, get_codec(codec))
+        self, *, index: int, size: int, via: list[str], numel: int, seed: int, codec: str,
+        host: str = "127.0.0.1", exchange_s: float = _EXCHANGE_S, regions: int = 1,
+        round_s: float = _ROUND_S,
+    ) -> Reply:  # fmt: skip
+        self._index, self._size, self._seed, self._regions = index, size, seed, regions
+        self._learner = self.learner(numel, get_codec(codec))
         self._events: list[ev.Event] = []
-        signer = Signer(hashlib.sha256(f"{seed}/{index}".encode()).digest())
-        config = PeerConfig(host="127.0.0.1")
+        signer = signer_of(seed, index)
+        config = PeerConfig(host=host)
         folder = Path(tempfile.mkdtemp())
         self._net = await open_libp2p(config, folder, signer, self._note)
         units = -(-numel // CHUNK_VALUES)
         self._machine = GroupMachine(
             signer.peer_id,
             GroupConfig(
-                run=_RUN, units=units, site="bench", aggregators_max=size,
-                round_s=_ROUND_S, exchange_s=_EXCHANGE_S,
+                run=RUN, units=units, site="bench", aggregators_max=size,
+                round_s=round_s, exchange_s=exchange_s, collect=True,
             ),
             time.monotonic(),
         )  # fmt: skip
@@ -151,6 +178,7 @@ class Murmurer:
             publish=self._publish, serve_asset=no_assets, on_plan=self._planned,
         )  # fmt: skip
         self._signer = signer
+        self.started()
         self._publish()
         self._task = asyncio.create_task(self._driver.run())
         for address in via:
@@ -159,19 +187,23 @@ class Murmurer:
         self._meeting = asyncio.create_task(self._meet())
         return {"addresses": self._net.transport.addresses()}
 
+    def started(self) -> None:
+        """All parts are there, and none of them runs yet."""
+
     def _note(self, event: ev.Event) -> None:
         if isinstance(event, ev.PeerRefused | ev.DigestDiffered):
             self._events.append(event)
 
     def _planned(self, plan: Plan) -> None:
-        self._learner.everybody = len(plan.roster) == self._size
+        regions = len({seat.region for seat in plan.roster})
+        self._learner.everybody = len(plan.roster) == self._size and regions == self._regions
 
     def _publish(self) -> None:
         now_ms = int(time.time() * 1000)
         record = PeerRecord(
-            self._signer.peer_id, _RUN, self._machine.group, "bench",
-            tuple(self._net.transport.addresses()[: limits.ADDRESSES_MAX]), 100_000, True, 0,
-            self._index, now_ms, now_ms + 3_600_000,
+            self._signer.peer_id, RUN, self._machine.group, "bench",
+            tuple(self._net.transport.addresses()[: limits.ADDRESSES_MAX]), self._upload_kbps, True,
+            0, self._index, now_ms, now_ms + 3_600_000,
         )  # fmt: skip
         self._signed = sign_record(self._signer, record)
         self._driver.feed(RecordIssued(self._signed, record))
@@ -180,7 +212,7 @@ class Murmurer:
         """Find the others in the DHT, as any peer does."""
         while len(self._machine.live_members(time.monotonic())) < self._size:
             await self._net.directory.publish_record(self._signed)
-            for record in await self._net.directory.members(_RUN):
+            for record in await self._net.directory.members(RUN):
                 if record.peer != self._signer.peer_id:
                     self._net.transport.remember(record.peer, record.addresses)
                     self._driver.feed(RecordSeen(record))

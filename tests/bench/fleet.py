@@ -14,12 +14,13 @@ from __future__ import annotations
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,8 @@ class Took:
     others: float
     """Share of this machine's cores that anyone else used meanwhile, 0..1: was it a quiet time?"""
     replies: list[dict[str, Any]]
+    each_s: dict[int, float]
+    """Until that worker had answered, by its index."""
 
 
 class _Worker:
@@ -126,14 +129,24 @@ class Fleet:
     """`size` processes of `python -m module` (or of any `command`), from `with` to its end."""
 
     def __init__(
-        self, name: str, module: str, size: int, *, command: Sequence[str] | None = None
+        self,
+        name: str,
+        module: str,
+        size: int,
+        *,
+        command: Sequence[str] | None = None,
+        places: Sequence[Sequence[str]] = (),
     ) -> None:
+        """`places`: for each worker the words before its command, which run it somewhere else
+        (`ip netns exec NAME`)."""
         self.family = f"{name}-{uuid4()}"
         """What `processes` knows all its processes by."""
         self._name = name
         self._size = size
         self._command = command or [sys.executable, "-m", module]
+        self._places = places or [()] * size
         self._workers: list[_Worker] = []
+        self._hurt: set[int] = set()
 
     def __enter__(self) -> Self:
         self._folder = tempfile.TemporaryDirectory(prefix="bench-")
@@ -141,7 +154,8 @@ class Fleet:
             for index in range(self._size):
                 name = f"{self._name}-{index}"
                 log = Path(self._folder.name, f"{name}.log")
-                self._workers.append(_Worker(name, self.family, self._command, log))
+                command = [*self._places[index], *self._command]
+                self._workers.append(_Worker(name, self.family, command, log))
         except BaseException:
             self._end()
             raise
@@ -155,53 +169,80 @@ class Fleet:
     ) -> None:
         self._end()
 
-    def start(self, **arguments: Any) -> None:
+    def start(self, each: Sequence[dict[str, Any]] = (), /, **arguments: Any) -> None:
         """`start` all: worker 0 alone, then the others with the `addresses` that it answered.
 
-        Every worker gets its `index` in 0..size-1, the fleet's `size`, and `via`: addresses.
+        Every worker gets its `index` in 0..size-1, the fleet's `size`, and `via`: addresses; and
+        what stands at its index in `each`.
         """
         via: list[str] = []
         for crew in (self._workers[:1], self._workers[1:]):
             for worker in crew:
                 index = self._workers.index(worker)
                 placed = {"index": index, "size": self._size, "via": via}
+                placed |= each[index] if each else {}
                 worker.tell(_line("start", {**arguments, **placed}))
             deadline_s = time.monotonic() + _START_TIMEOUT_S
             for worker in crew:
                 _, reply = worker.answer(deadline_s)
                 via = via or reply["addresses"]
 
+    def hurt(self, index: int, how: signal.Signals) -> None:
+        """Send a signal to a worker and to all that it has started, and leave it out from now on.
+
+        SIGKILL or SIGSTOP: nothing of it may be asked any more, nor answer.
+        """
+        self._hurt.add(index)
+        for pid in processes.tree(self._workers[index].process.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, how)
+
+    @property
+    def present(self) -> list[int]:
+        """The indexes of the workers that were not `hurt`."""
+        return [index for index in range(self._size) if index not in self._hurt]
+
     def ask(self, do: str, timeout_s: float, **arguments: Any) -> list[dict[str, Any]]:
-        """All workers at once; their answers in order of index.
+        """All workers that are present, at once; their answers in order of index.
 
         Raises:
             FleetError: one of them died, or had not answered after `timeout_s`.
         """
-        return [reply for _, reply in self._ask(do, timeout_s, arguments)]
+        return [reply for _, reply in self._ask(do, timeout_s, arguments).values()]
 
-    def timed(self, do: str, timeout_s: float, **arguments: Any) -> Took:
-        """`ask`, with the time until the last answer came and the CPU time of the whole family."""
+    def timed(
+        self, do: str, timeout_s: float, *,
+        meanwhile: Callable[[], None] = lambda: None, **arguments: Any,
+    ) -> Took:  # fmt: skip
+        """`ask`, with the time until the last answer came and the CPU time of the whole family.
+
+        `meanwhile` is called once all were told; whoever it hurts need not answer.
+        """
         before_s, all_before_s = processes.cpu_s(self.family), processes.machine_cpu_s()
         started_s = time.monotonic()
-        answers = self._ask(do, timeout_s, arguments)
+        answers = self._ask(do, timeout_s, arguments, meanwhile)
         cores_s = (time.monotonic() - started_s) * (os.cpu_count() or 1)
         burned_s = processes.cpu_s(self.family) - before_s
         all_burned_s = processes.machine_cpu_s() - all_before_s
+        each_s = {index: came_s - started_s for index, (came_s, _) in answers.items()}
         return Took(
-            seconds=max(came_s for came_s, _ in answers) - started_s,
+            seconds=max(each_s.values()),
             cpu_s=burned_s,
             others=max(0.0, all_burned_s - burned_s) / cores_s,
-            replies=[reply for _, reply in answers],
+            replies=[reply for _, reply in answers.values()],
+            each_s=each_s,
         )
 
     def _ask(
-        self, do: str, timeout_s: float, arguments: dict[str, Any]
-    ) -> list[tuple[float, dict[str, Any]]]:
+        self, do: str, timeout_s: float, arguments: dict[str, Any],
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> dict[int, tuple[float, dict[str, Any]]]:  # fmt: skip
         deadline_s = time.monotonic() + timeout_s
         line = _line(do, arguments)
-        for worker in self._workers:
-            worker.tell(line)
-        return [worker.answer(deadline_s) for worker in self._workers]
+        for index in self.present:
+            self._workers[index].tell(line)
+        meanwhile()
+        return {index: self._workers[index].answer(deadline_s) for index in self.present}
 
     def _end(self) -> None:
         left = processes.kill_family(self.family)

@@ -20,19 +20,20 @@ from statistics import fmean, stdev
 from typing import Final
 
 from tests.bench import machine, svg
-from tests.bench.kept import Kept, run_all
+from tests.bench.kept import LEARNING, Kept, run_all
 from tests.bench.mixing import Crossing
 from tests.bench.result import Bar, Cell, Progress, Result
 from tests.bench.trial import PEERS, SITES, WAYS, Outcome, Size, Trial, crossed
 
 INNER_LR: Final = 1e-3
 """`InnerSpec`'s default."""
-GOSSIP_EVERY: Final = {10: 3, 25: 3, 100: 5}
+GOSSIP_EVERY: Final = {10: 3, 25: 4, 100: 14}
 """By H, of flat DiLoCo's rounds: as often as a tenth of its bytes allows, where every group begins
-mixes. First loans are dear, and a training in rounds of 100 has few others."""
+mixes. First loans are dear, and a training in rounds of 100 has few others; which groups begin a
+mix in it at all is drawn."""
 OUTER: Final[Mapping[str, Mapping[int, tuple[float, float]]]] = {
     "near": {25: (1.4, 0.0)},
-    "flat": {10: (0.7, 0.5), 25: (0.7, 0.5), 100: (0.7, 0.9)},
+    "flat": {10: (0.7, 0.5), 25: (0.7, 0.5), 100: (1.0, 0.5)},
 }
 """Outer rate and momentum by H: for groups, whose rounds have `NEAR` steps at every H (so the
 middle one's serve for all), and for one group of all. `learning --part tuning` starts from them,
@@ -91,7 +92,7 @@ def run(quick: bool, seed: int, progress: Progress) -> Result:
     """See `registry.Measurement`. Twenty minutes on two idle cores; quick: seconds."""
     size, hs = (QUICK, (QUICK_H,)) if quick else (Size(), HS)
     name = "learning-groups-quick" if quick else "learning-groups"
-    kept = Kept(machine.ROOT / ".bench" / name)
+    kept = Kept(machine.ROOT / ".bench" / name, LEARNING)
     rows = trials(seed, size, hs)
     seeds = range(seed, seed + (2 if quick else _SEEDS))
     # Seed by seed: a run that is cut short has whole seeds.
@@ -192,7 +193,8 @@ def _notes(table: Table, seeds: range) -> list[str]:
         f"the bytes of the standard library's text, from random weights; {PEERS} peers in {SITES} "
         f"groups of {PEERS // SITES}; {size.steps} AdamW steps of each on {size.batch} samples of "
         f"{size.tokens} bytes, the same in every row of a seed. DDP takes as many steps, each on "
-        "everybody's samples. The inner rate is constant after 20 steps of warm-up."
+        "everybody's samples. The inner rate rises over 20 steps, and falls to zero over the last "
+        f"{size.cooldown:.0%} (`inner.ends`, `inner.cooldown_s`), in every row."
     )
     rounds = (
         "Outer Nesterov: from `python -m tests.bench learning --part tuning`, for flat DiLoCo at "

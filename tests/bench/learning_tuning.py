@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Final
 
 from tests.bench import machine
-from tests.bench.kept import Kept, run_all
+from tests.bench.kept import LEARNING, Kept, run_all
 from tests.bench.learning_groups import HS, INNER_LR, NEAR, OUTER, QUICK, QUICK_H, in_rounds
 from tests.bench.result import Bar, Cell, Progress, Result
 from tests.bench.trial import Size, Trial
@@ -33,7 +33,8 @@ _TIE: Final = 1.002
 def run(quick: bool, seed: int, progress: Progress) -> Result:
     """See `registry.Measurement`. Twenty minutes on two idle cores; quick: seconds."""
     size, hs = (QUICK, (QUICK_H,)) if quick else (Size(), HS)
-    kept = Kept(machine.ROOT / ".bench" / ("learning-tuning-quick" if quick else "learning-tuning"))
+    name = "learning-tuning-quick" if quick else "learning-tuning"
+    kept = Kept(machine.ROOT / ".bench" / name, LEARNING)
     plain = Trial(way="ddp", seed=seed, inner_lr=INNER_LR, size=size)
     pairs = [(kind, h) for kind in OUTER for h in hs if quick or h in OUTER[kind]]
     used = {(kind, h): OUTER[kind].get(h, (1.0, 0.0)) for kind, h in pairs}

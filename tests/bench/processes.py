@@ -63,6 +63,20 @@ def family(name: str) -> list[Process]:
     return [process for process in everyone.values() if belongs(process)]
 
 
+def tree(pid: int) -> list[int]:
+    """The pids of a process and of all its living descendants, the oldest generation first."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(*_GONE):
+                process = _parse((entry / "stat").read_text())
+                children.setdefault(process.parent, []).append(process.pid)
+    found = [pid]
+    for parent in found:  # grows while it is walked
+        found += children.get(parent, [])
+    return found
+
+
 def running(name: str) -> list[int]:
     """The pids of its living members."""
     return [process.pid for process in family(name) if process.running]

@@ -56,6 +56,8 @@ class Stack:
         self.peers = peers
         self.losses = [math.nan] * peers
         """Each peer's, in the last step."""
+        self.rate = 1.0
+        """Share of the learning rate that counts: `InnerSpec.rate_at`."""
         self._layers = int(config["num_hidden_layers"])
         self._heads = int(config["num_attention_heads"])
         self._spec = spec
@@ -98,7 +100,7 @@ class Stack:
         self._steps += 1
         warmup = min(1.0, self._steps / max(1, self._spec.warmup_steps))
         for group in self._optimizer.param_groups:
-            group["lr"] = self._spec.lr * warmup
+            group["lr"] = self._spec.lr * warmup * self.rate
         self._optimizer.step()
         self.losses = losses_P.tolist()
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -13,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tests.bench.machine import ROOT
-from tests.bench.result import Progress
+from tests.bench.result import BenchError, Progress
 
 PROCESSES: Final = 2
 SOURCES: Final = ("peer", "protocols", "dht")
@@ -90,10 +93,21 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _fingerprint() -> str:
-    """Of the code under test: other code's results are not mixed in."""
+    """Of the code under test, which is what a simulation imports: other code's results are not
+    mixed in."""
+    listing = (
+        "import sys, peer.simulate.world, peer.simulate.report;"
+        "print(*(m.__file__ for n, m in sys.modules.items()"
+        f" if n.split('.')[0] in {SOURCES} and m.__file__), sep='\\n')"
+    )
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
+    run = subprocess.run(
+        [sys.executable, "-c", listing], env=environment, cwd=ROOT, capture_output=True, text=True
+    )
+    if run.returncode:
+        raise BenchError(f"the simulator can't be imported: {run.stderr.strip()[-500:]}")
     total = hashlib.sha256()
-    for folder in SOURCES:
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            total.update(str(path.relative_to(ROOT)).encode())
-            total.update(path.read_bytes())
+    for path in sorted(Path(name) for name in run.stdout.splitlines()):
+        total.update(str(path.relative_to(ROOT)).encode())
+        total.update(path.read_bytes())
     return total.hexdigest()[:12]

@@ -90,9 +90,9 @@ def eight_billion(seed: int, minutes: float) -> Scenario:
     """16 peers that hold 8 B parameters each, 500 Mbit/s, inner steps of 1 s, 30 to a round."""
     scenario = plan(
         seed, peers=16, minutes=minutes, sites=1, round_s=30.0, rate_bps=5e8, parameters=8e9,
-        exchange_s=400.0, step_s=1.0, units=32,
+        exchange_s=400.0, step_s=1.0, units=1024,
     )  # fmt: skip
-    return dataclasses.replace(scenario, aggregators_max=16, piece_s=0.5)
+    return dataclasses.replace(scenario, aggregators_max=16, round_s_max=8 * scenario.round_s)
 
 
 @dataclass

@@ -48,10 +48,14 @@ def contribution(seed: int, round_: int, peer: int, out: Float32) -> None:
         out[start : start + len(piece_K)] = piece_K
 
 
-def check(seed: int, round_: int, size: int, result: Float32) -> Check:
-    """Compare `result` (N,) with the mean of the `size` peers' contributions, in float64."""
+def check(
+    seed: int, round_: int, size: int, result: Float32, without: int | None = None
+) -> Check:  # fmt: skip
+    """Compare `result` (N,) with the mean of the `size` peers' contributions, in float64; `without`
+    one of them."""
     worst = peak = error_sum = mean_sum = 0.0
-    peers = [_pieces(seed, round_, peer, len(result)) for peer in range(size)]
+    there = [peer for peer in range(size) if peer != without]
+    peers = [_pieces(seed, round_, peer, len(result)) for peer in there]
     for start, pieces in zip(
         range(0, len(result), PIECE_VALUES), zip(*peers, strict=True), strict=True
     ):

@@ -72,6 +72,13 @@ class Size:
     """Steps between two looks at the loss."""
     look_samples: int = 128
     last_samples: int = 512
+    cooldown: float = 0.25
+    """Share of the steps over which the learning rate falls to zero at the end."""
+
+    def rate_at(self, step: int) -> float:
+        """Share of the learning rate in step 1..`steps`, as `InnerSpec.rate_at` by the calendar."""
+        left = self.steps - step + 1
+        return min(1.0, left / (self.cooldown * self.steps)) if self.cooldown else 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -193,6 +200,7 @@ def _synchronous(trial: Trial, course: Course, started_s: float) -> Outcome:
     stack = _stack(trial, course, 1)
     curve = []
     for step, batch_PBT in enumerate(course.batches_SPBT, 1):
+        stack.rate = size.rate_at(step)
         stack.step(batch_PBT.flatten(0, 1).unsqueeze(0))
         if step % size.look_every == 0:
             look = stack.evaluate(_some(course.validation_BT, size.look_samples))
@@ -228,7 +236,9 @@ def _in_rounds(trial: Trial, course: Course, started_s: float) -> Outcome:
     curve = []
     mean_bytes = 0
     for round_ in range(1, rounds + 1):
-        for batch_PBT in course.batches_SPBT[(round_ - 1) * trial.h : round_ * trial.h]:
+        before = (round_ - 1) * trial.h
+        for step, batch_PBT in enumerate(course.batches_SPBT[before : before + trial.h], 1):
+            stack.rate = size.rate_at(before + step)
             stack.step(batch_PBT)
             for method, batch_BT in zip(methods, batch_PBT, strict=True):
                 method.step(batch_BT)

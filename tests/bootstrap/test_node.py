@@ -20,7 +20,8 @@ from peer.exchange import RefusedError
 from peer.net.libp2p import Libp2pTransport
 from peer.observe import events as ev
 from peer.observe.hub import Hub
-from peer.transfer import fetch_state
+from peer.receiving import Order, Receiver
+from peer.state_chunks import StateGrid
 from protocols.errors import RemoteProtocolError
 from protocols.types import RunId
 
@@ -50,7 +51,7 @@ async def test_it_says_what_it_is_and_refuses_to_be_a_member(tmp_path: Path) -> 
             with pytest.raises(RemoteProtocolError, match=REFUSAL):
                 await guest.call(peer, b"hello", 5)
             with pytest.raises(RefusedError, match=REFUSAL):
-                await fetch_state(guest, peer, RunId("ab" * 32), ())
+                await Receiver(guest, StateGrid({}), Order(RunId("ab" * 32), [peer])).run()
             for _ in range(50):
                 with pytest.raises(RemoteProtocolError):
                     await guest.call(peer, b"hello", 5)

@@ -10,9 +10,10 @@ import pytest
 from peer.manifest import Manifest
 from tests.cli.conftest import Cli
 from tests.cli.manifests import TINY, write
+from tests.train.chat_tiny import lines, sums
 
 
-@pytest.mark.parametrize("kind", ["pretrain", "lora"])
+@pytest.mark.parametrize("kind", ["pretrain", "lora", "hybrid", "zo"])
 def test_a_new_manifest_is_good_as_it_is(cli: Cli, tmp_path: Path, kind: str) -> None:
     file = tmp_path / "mine.toml"
     said = cli("run", "new", file, "--method", kind)
@@ -93,3 +94,30 @@ def test_what_is_no_manifest_is_refused(cli: Cli, tmp_path: Path) -> None:
     assert "run new" in missing.err
     assert cli("run", "check", tmp_path).code == 2
     assert cli("run", "new", tmp_path / "no" / "folder.toml").code == 2
+
+
+CHAT = TINY.replace('source = "text"\npaths = ["text.txt"]', 'source = "chat"\npaths = ["q.jsonl"]')
+
+
+def test_check_tells_of_rows_that_are_left_out(cli: Cli, tmp_path: Path) -> None:
+    file = write(tmp_path, CHAT.replace("sequence_length = 32", "sequence_length = 64"))
+    lines(tmp_path / "q.jsonl", [*sums(30), *["{}"] * 8])
+    said = cli("run", "check", file)
+    assert said.code == 0, said.err
+    assert re.search(r"chat \(1 file\): \d+ blocks to share out; 1 samples of 64", said.out)
+    assert f"        left out: {tmp_path}/q.jsonl:31: has nothing; it needs" in said.out
+    assert "        left out: 8 rows in all\n" in said.out
+    lines(tmp_path / "q.jsonl", ["{}"])
+    said = cli("run", "check", file)
+    assert said.code == 4
+    assert "q.jsonl: none of its 1 rows can be used" in said.err
+
+
+def test_a_run_whose_peers_bring_their_own_says_how_to_start_it(cli: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "tune.toml"
+    assert f"start {file} --data FILES" in cli("run", "new", file, "--method", "lora").out
+    said = cli("run", "check", file)
+    assert said.code == 0, said.err
+    assert "chat: each peer brings its own (--data)" in said.out
+    assert f"start {file} --data FILES" in said.out
+    assert "--data" not in cli("run", "new", tmp_path / "all.toml").out

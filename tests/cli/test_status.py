@@ -36,6 +36,7 @@ def report() -> dict[str, Any]:
     return {
         **hub.snapshot(), "group_members": [ME, OTHER], "coordinator": OTHER, "dht_nodes": 2,
         "network": [member, stranger],
+        "method": {"does": "LoRA of rank 4", "why": "as its owner wishes", "tail": 0.125},
     }  # fmt: skip
 
 
@@ -101,6 +102,7 @@ def test_status_for_people(cli: Cli, resident: Callable[..., Resident]) -> None:
     assert said.code == 0, said.err
     for text in (
         "seat-1 · my run · 3.25 M parameters on cpu", "training, round 41, epoch 3", "2.500",
+        "LoRA of rank 4 (as its owner wishes); the rank of the last mean cut off 0.125",
         "2 members", "up 1.2 MB", "python -m peer join --via X",
     ):  # fmt: skip
         assert text in said.out

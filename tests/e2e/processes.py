@@ -160,12 +160,17 @@ class Fleet:
     def start(
         self, name: str, *more: str, via: str | None = None, founder: bool = False
     ) -> Process:
-        """`name` has its own home; started again under the same name it takes its seat back."""
+        """`name` has its own home; started again under the same name it takes its seat back.
+
+        All are at one site unless `more` says otherwise: on a busy machine some look far away.
+        """
         verb = ["run", "start", str(self.manifest)] if founder else ["join"]
         arguments = [
             "peer", *verb, "--home", str(self.folder / name), "--host", "127.0.0.1",
             "--threads", "1", "--log-json", *more,
         ]  # fmt: skip
+        if "--site" not in more:
+            arguments += ["--site", "here"]
         if via is not None:
             arguments += ["--via", self.processes[via].address]
         count = len(list(self.folder.glob(f"{name}-*.err")))

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from peer.net.libp2p import peer_of
+from peer.net.multiaddress import peer_of
 from peer.net.p2pd import unknown_daemon
 from protocols.identity import Signer
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import random
@@ -20,6 +21,7 @@ from typing import Any
 import pytest
 
 from peer.errors import NetworkError
+from peer.net.daemon import Posture
 from peer.net.framing import FramedStream
 from peer.net.libp2p import Libp2pTransport
 from peer.net.p2pd import sweep_sockets
@@ -28,7 +30,14 @@ from protocols import limits
 from protocols.errors import LocalProtocolError, RemoteProtocolError
 from protocols.identity import Signer
 from protocols.types import PeerId
-from tests.net.peers import ECHO, PAYLOAD_BYTES_MAX, backwards, echo
+from tests.net.peers import (
+    ECHO,
+    PAYLOAD_BYTES_MAX,
+    backwards,
+    echo,
+    nobody_answers,
+    until_connected,
+)
 
 pytestmark = pytest.mark.asyncio(loop_factories=["uvloop"])
 
@@ -184,6 +193,38 @@ async def test_a_killed_daemon_comes_back_as_the_same_peer(tmp_path: Path) -> No
         await back_stream.close()
 
 
+async def test_a_dial_that_succeeded_has_made_a_connection(tmp_path: Path) -> None:
+    async with (
+        running(tmp_path, "a") as a,
+        running(tmp_path, "b") as b,
+        nobody_answers() as (nowhere, dialled),
+    ):
+        # While this one lasts the daemon has in mind what else was dialled, also when it is gone.
+        waiting = asyncio.create_task(a.dial(b.peer_id, [nowhere], 15))
+        async with asyncio.timeout(15):
+            await dialled.wait()
+        await until_connected(a, b.peer_id, b.addresses())
+        await a.disconnect(b.peer_id)
+        while not a.is_connected(b.peer_id):
+            with contextlib.suppress(TransportError):
+                await a.dial(b.peer_id, b.addresses(), 15)
+                assert b.peer_id in await a.connections()
+        assert await a.call(b.peer_id, b"abc", 5) == b"cba"
+        await asyncio.gather(waiting, return_exceptions=True)
+
+
+async def test_who_connects_while_the_daemon_is_exchanged_waits_for_the_new_one(
+    tmp_path: Path,
+) -> None:
+    async with running(tmp_path, "a") as a, running(tmp_path, "b") as b:
+        changes = asyncio.create_task(a.change(Posture(relays=True)))
+        for _ in range(100):  # it is told to go
+            await asyncio.sleep(0)
+        assert await a.connect(b.addresses()[0], 15) == b.peer_id
+        assert await a.call(b.peer_id, b"abc", 5) == b"cba"
+        await changes
+
+
 async def test_a_port_that_was_asked_for_and_is_taken_is_an_error_with_advice(
     tmp_path: Path,
 ) -> None:
@@ -256,6 +297,7 @@ async def test_closing_leaves_nothing_behind(tmp_path: Path) -> None:
 
 ORPHAN = """
 import asyncio, pathlib, sys
+from peer.net.daemon import Posture
 from peer.net.libp2p import Libp2pTransport
 async def main():
     transport = await Libp2pTransport.start(b"o" * 32, pathlib.Path(sys.argv[1]), "127.0.0.1")

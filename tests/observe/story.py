@@ -26,13 +26,17 @@ FINISHED = ev.RoundFinished(
     ],
     1.0, "cd" * 32, 2.31, 2.402, 1240.0, 1_200_000, 3_400_000, 0.01, 0.8,
 )  # fmt: skip
+SUMS: dict[str, Any] = {
+    "rows": 96, "refused": 0, "tokens": 960, "loss": 1.163, "perplexity": 3.2, "asked": 96,
+    "exact_match": 0.125, "questions": 0, "accuracy": None, "accuracy_per_byte": None,
+}  # fmt: skip
 LIFE: list[ev.Event] = [
     STARTED,
     ev.ViaFailed(f"/ip4/10.0.0.7/tcp/1/p2p/{BOB}", "connection refused", 8.0),
     ev.ViaAnswered(f"/ip4/10.0.0.8/tcp/1/p2p/{ANN}", ANN),
     ev.Notice("info", "a word"),
     ev.GroupChanged("site:a", PEERS),
-    ev.StateReceived(ANN, 40, 25_000_000, 3.2),
+    ev.StateReceived(ANN, 40, 25_000_000, 3.2, {ANN: 15_000_000, BOB: 10_000_000}),
     ev.CheckpointLoaded(40, "/x", 1, ["checkpoint-9: broken"]),
     PLANNED,
     PROGRESS,
@@ -43,11 +47,14 @@ LIFE: list[ev.Event] = [
     ev.CaughtUp(42, ANN),
     ev.CheckpointSaved(42, "/x", 25_000_000, 0.2),
     ev.StateServed(BOB, 42, 25_000_000),
+    ev.StateArriving(ANN, 12_000_000, 25_000_000),
     ev.MemberSuspected(BOB, "3 heartbeats missed"),
     ev.PeerRefused(BOB, "a stale epoch"),
     ev.DaemonRestarted("killed", 0.9),
     ev.WorkCarriedOver(41, 0.25, 1000.0),
     ev.Reconciled(41, 37, 5000.0),
+    ev.Scored(BOB, 40, SUMS),
+    ev.ScoredTogether(40, [ANN, BOB], 3, SUMS),
     ev.CodecChosen(BOB, 1, "low", 250_000, 2.1, True, "the quickest"),
     ev.BlocksCounted("site:a", 41, {ME: [(0, 3), (7, 9)]}, {}, 80, 2, 1, 5, 1, 0, 7, 9, 2, 70),
     ev.BlocksReissued(41, BOB, [(70, 75)], "left"),

@@ -66,6 +66,11 @@ async def test_metrics_and_health_are_served() -> None:
             assert "murmuration_round 7.0" in await page.text()
         async with http.get("/healthz") as page:
             assert (page.status, await page.json()) == (200, health)
+        metrics.method = lambda: {"does": "LoRA", "tail": 0.5}
+        async with http.get("/metrics") as page:
+            text = await page.text()
+            assert "murmuration_mean_tail 0.5" in text
+            assert "murmuration_work_lost 0.0" in text
         health["ok"] = False
         async with http.get("/healthz") as page:
             assert page.status == 503

@@ -14,6 +14,7 @@ from dht.memory import MemoryBoard, MemoryDirectory
 from peer.config import PeerConfig
 from peer.home import Seat
 from peer.manifest import Manifest, ScheduleSpec, default_manifest
+from peer.manifest_toml import Content
 from peer.net.budget import UploadBudget
 from peer.net.memory import MemoryNetwork, MemoryTransport
 from peer.observe import events as ev
@@ -72,6 +73,7 @@ class Swarm:
         self._changed = asyncio.Condition()
         self._pokes: set[asyncio.Task[None]] = set()
         self._ids: dict[str, PeerId] = {}
+        self._transports: dict[str, MemoryTransport] = {}
 
     async def start(
         self, name: str, *, via: str | None = None, site: str = "town", wait: bool = True
@@ -106,6 +108,8 @@ class Swarm:
             home=self.folder / name,
             via=tuple(self.peers[via].addresses) if via else (),
             manifest=None if via else self.manifest,
+            data=self._data(name),
+            files={} if via else self._files(name),
             site=site,
             threads=1,
         )
@@ -114,6 +118,14 @@ class Swarm:
             self._ids[name] = peer.id
             ready.set()
             await stop.wait()
+
+    def _data(self, name: str) -> tuple[Path, ...]:
+        """The peer's own files, if the run leaves data to each."""
+        return ()
+
+    def _files(self, name: str) -> dict[str, Content]:
+        """The files of the run, where `name` starts it."""
+        return {}
 
     def _build(self, name: str) -> Callable[[Manifest, Path], tuple[Method, DataSource]]:
         seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
@@ -127,6 +139,7 @@ class Swarm:
 
     async def _open(self, config: PeerConfig, seat: Seat, signer: Signer, hub: Hub) -> InMemory:
         transport = self.network.transport(signer.peer_id, UploadBudget(config.upload_bps))
+        self._transports[str(signer.peer_id)] = transport
         return InMemory(transport, MemoryDirectory(self.board, signer.peer_id))
 
     def _poke(self) -> None:
@@ -172,6 +185,10 @@ class Swarm:
     def network_id(self, name: str) -> PeerId:
         """A peer's id, also of one that is gone."""
         return self._ids[name]
+
+    def transport(self, name: str) -> MemoryTransport:
+        """A living peer's own."""
+        return self._transports[self._ids[name]]
 
     async def crash(self, name: str) -> None:
         """Vanish: the network is cut first, so nobody hears a goodbye."""

@@ -17,7 +17,7 @@ from peer.train.mixtable import MixTable
 from protocols.errors import RemoteProtocolError
 from protocols.events import Tick
 from protocols.gossip import GossipConfig, GossipMachine
-from protocols.gossip_events import Noted, RoundDone
+from protocols.gossip_events import DebtAnswered, Noted, RoundDone
 from protocols.loans import LOAN_DOMAIN, Contact, Loan, MixNote, mix_id
 from protocols.messages import (
     OUTCOME_DOMAIN,
@@ -70,6 +70,8 @@ class Peer:
         self.mix_table = MixTable(CONFIG.units)
         self.transport = self.exchange = self
         self.faults: list[str] = []
+        self.silent: list[PeerId] = []
+        """Who opened a stream and said nothing."""
         self.told: list[object] = []
         self.tasks: list[asyncio.Task[None]] = []
         self.peers = peers
@@ -111,7 +113,8 @@ class Peer:
     async def serve(self, pipe: Pipe) -> None:
         stream = cast("Stream", pipe)
         frame = await stream.receive(2**20)
-        assert frame is not None
+        if frame is None:
+            return self.silent.append(pipe.peer)
         header = decode_header(frame.payload, stream.peer)
         try:
             if isinstance(header, DebtPush):
@@ -211,4 +214,22 @@ async def test_what_has_just_got_into_the_state_is_not_said_to_be_there_for_good
     assert me.mixing.machine.debts == {MIX: LOAN.whole}
     await me.mixing._pay(MIX, LOAN.contacts[0])
     await settle(west, me)
+    assert not me.mixing.machine.debts
+
+
+async def test_a_debt_that_is_settled_while_its_stream_is_opened_is_not_paid_with_nothing() -> None:
+    peers: dict[PeerId, Peer] = {}
+    west, me = lender(peers), Peer(0, EAST, peers)
+    me.know(2, 4, epoch=1)
+    opened = me.open
+
+    async def meanwhile(peer: PeerId, timeout_s: float) -> Stream:
+        stream = await opened(peer, timeout_s)
+        me.mixing.feed(DebtAnswered(MIX, LENDER, "paid"))  # another payment was answered
+        return stream
+
+    me.open = meanwhile  # type: ignore[method-assign]
+    await me.mixing._pay(MIX, LOAN.contacts[0])
+    await settle(west, me)
+    assert ME in west.silent
     assert not me.mixing.machine.debts

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 from peer.observe import events as ev
+from protocols.messages import Goodbye, encode
+from protocols.types import PeerId
 from tests.peer.swarm import Swarm, swarm
+from tests.protocols.samples import RUN
 
 
 def agreed(it: Swarm, names: list[str]) -> None:
@@ -39,7 +43,7 @@ async def test_peers_that_join_one_after_another_average_and_agree(tmp_path: Pat
             for r in it.finished("b")
         )
         losses = [r.validation_loss for r in it.finished("a") if r.validation_loss is not None]
-        assert losses[-1] < losses[0]
+        assert losses[-1] < 0.5  # of 1 at the start; their mean target is 0.25 off
 
 
 async def test_a_crashed_peer_costs_no_round_and_its_seat_comes_back(tmp_path: Path) -> None:
@@ -132,3 +136,48 @@ async def test_links_choose_their_codecs_and_say_so(tmp_path: Path) -> None:
         assert chosen.peer == it.network_id("b")
         assert chosen.codec in chosen.reason
         assert chosen.bytes > 0
+
+
+async def test_who_answers_heartbeats_with_nonsense_is_refused_by_name(tmp_path: Path) -> None:
+    async with swarm(tmp_path) as it:
+        await it.start("a")
+        await it.start("b", via="a")
+        await it.until(lambda: any(len(r.spans[0].contributors) == 2 for r in it.finished("a")))
+        transport = it.transport("b")
+        honest, streams = transport._on_call, transport._on_stream
+        assert honest is not None
+        assert streams is not None
+        lies = [b"\x80\x04 no heartbeat", bytes([1, 99]), encode(Goodbye(RUN, ""))]
+        answers = itertools.cycle(lies)
+
+        async def nonsense(sender: PeerId, request: bytes) -> bytes:
+            await honest(sender, request)
+            return next(answers)
+
+        transport.serve(nonsense, streams)
+        liar = it.network_id("b")
+        await it.until(
+            lambda: len({e.reason for e in it.all("a", ev.PeerRefused) if e.peer == liar}) >= 3
+        )
+        before = len(it.finished("a"))
+        await it.until(lambda: len(it.finished("a")) >= before + 2)
+
+
+async def test_who_cannot_be_reached_aggregates_nothing_while_others_can(tmp_path: Path) -> None:
+    async with swarm(tmp_path) as it:
+        await it.start("a")
+        for name in "bc":
+            await it.start(name, via="a")
+        hidden = it.peers["c"].id
+        await it.until(lambda: any(len(r.spans[0].contributors) == 3 for r in it.finished("a")))
+        it.transport("c").reachable = False  # type: ignore[attr-defined]
+        await it.until(
+            lambda: any(
+                len(r.spans[0].contributors) == 3
+                and {span.aggregator for span in r.spans} == {it.peers["a"].id, it.peers["b"].id}
+                for r in it.finished("a")
+            ),
+            within_s=90.0,
+        )
+        assert it.finished("c")
+        assert hidden in it.finished("a")[-1].spans[0].contributors

@@ -15,7 +15,7 @@ from protocols.blocks import BlockRange, BlockReport
 from protocols.coordinates import Coordinate
 from protocols.identity import Signer
 from protocols.loans import MixNote
-from protocols.messages import Contributor, OutcomeHeader, Seat
+from protocols.messages import Contributor, OutcomeHeader, PartialHeader, Seat
 from protocols.records import PeerRecord, Signed
 from protocols.schema import Exactly, Max
 from protocols.types import GroupName, PeerId, RunId
@@ -59,6 +59,12 @@ def sample(hint: Any, rng: random.Random) -> Any:
     """A random value that fits `hint`, its bounds included."""
     if hint is OutcomeHeader:
         return _outcome_header(rng)
+    if hint is PartialHeader:
+        whole = _outcome_header(rng)
+        return PartialHeader(
+            RUN, GROUP, whole.round, whole.epoch, whole.span, whole.start, whole.stop,
+            whole.contributors, tuple(c.peer for c in whole.contributors),
+        )  # fmt: skip
     if hint is BlockReport:
         return _block_report(rng)
     if hint is Coordinate:

@@ -7,7 +7,7 @@ import pytest
 from protocols import limits
 from protocols.company import LEAD_S
 from protocols.events import PlanAdopted, Suspected
-from protocols.membership import Membership
+from protocols.membership import Membership, calls_first
 from protocols.messages import Heartbeat
 from tests.protocols.samples import GROUP, RUN, peer, record
 from tests.protocols.test_group import check_invariants, gets_in_step, reach, rounds
@@ -45,10 +45,37 @@ def test_a_long_training_phase_costs_few_words() -> None:
 def test_short_rounds_keep_the_quick_rhythm() -> None:
     world = World(2, round_s=5.0)
     peers = [world.add(i) for i in range(3)]
-    world.run(30.0)
-    before = dict(world.sent)
-    world.run(40.0)
-    assert all(world.sent[p.id] - before[p.id] >= 2 * 9 for p in peers)
+    for second in range(30, 40):
+        world.run(float(second))
+        words_s = [n.heard_s for p in peers for n in p.machine.members.everybody()]
+        assert len(words_s) == 3 * 2
+        assert min(words_s) > world.now_s - 1.5 * limits.HEARTBEAT_S
+
+
+def test_of_two_one_calls_and_the_other_answers() -> None:
+    world, peers = long_rounds(5, count=6)
+    world.run(world.now_s + 300.0)
+    before, start_s = dict(world.sent), world.now_s
+    world.run(start_s + HALF_AN_HOUR_S / 2)
+    calls = sum(world.sent[p.id] - before[p.id] for p in peers)
+    assert calls <= 15 * (4 + 1), "a pair's call every eighth of the phase"
+    for p in peers:
+        for n in p.machine.members.everybody():
+            assert n.heard_s > world.now_s - HALF_AN_HOUR_S / 8 - 1.0
+
+
+def test_who_should_call_and_does_not_is_called() -> None:
+    """Where one of two does not know that the other is in its group, the other finds out."""
+    world = World(6, round_s=5.0)
+    one, other = world.add(0), world.add(1)
+    assert reach(world, [one, other], 2, 60.0)
+    caller, called = (one, other) if calls_first(one.id, other.id) == one.id else (other, one)
+    known = caller.machine.members.get(called.id)
+    assert known is not None
+    caller.machine.members.said_goodbye(called.id)  # as if a goodbye of an earlier life came late
+    world.run(world.now_s + 4.0)
+    assert not known.left
+    assert called.id in caller.machine.live_members(world.now_s)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.99, 0.996])

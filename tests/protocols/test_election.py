@@ -74,10 +74,10 @@ def test_a_peer_that_goes_changes_nobody_elses_place() -> None:
 
 def test_service_is_in_proportion_to_weight() -> None:
     """First places over 6,000 groups; 0.03 is more than four standard deviations."""
-    among = seats([1, 2, 3, 4])
+    among = seats([10, 20, 30, 40])
     firsts = Counter(candidates(GroupName(f"site:{i}"), 0, among)[0] for i in range(6000))
     for seat in among:
-        assert firsts[seat.peer] / 6000 == pytest.approx(seat.weight / 10, abs=0.03)
+        assert firsts[seat.peer] / 6000 == pytest.approx(seat.weight / 100, abs=0.03)
 
 
 def test_the_slots_of_a_group_are_served_independently() -> None:
@@ -98,7 +98,8 @@ def test_spans_cover_every_unit_once_and_nobody_serves_two() -> None:
         among = some_seats(rng)
         units, most = rng.choice([1, 2, 3, 17, 1000, 2**22]), rng.randint(1, 16)
         spans = spans_of(GROUP, among, range(units), most, 3)
-        assert len(spans) == min(len(among), units, most), f"seed {seed}"
+        able = [s for s in among if s.weight > 1] or among
+        assert len(spans) == min(len(able), units, most), f"seed {seed}"
         assert len({s.aggregator for s in spans}) == len(spans), f"seed {seed}"
         assert {s.aggregator for s in spans} <= {s.peer for s in among}
         assert spans[0].start == 0, f"seed {seed}"
@@ -168,6 +169,21 @@ def test_every_plan_that_is_made_is_believed() -> None:
             assert fault_in(plan, range(units), most, revises=True) is None, f"seed {seed}"
 
 
+def test_a_revision_is_believed_by_one_who_never_saw_what_it_revises() -> None:
+    """It came back between the two, and both aggregators had gone in the meantime."""
+    moved = 0
+    for seed in range(2000):
+        rng = random.Random(seed)
+        plan = plan_of(some_seats(rng), 200, 3)
+        gone = {span.aggregator for span in plan.spans}
+        stay = [seat for seat in plan.roster if seat.peer not in gone]
+        if stay:
+            again = revised(plan, stay, set(), epoch=9)
+            moved += again.spans != spans_of(GROUP, again.roster, range(200), 3, 9)
+            assert fault_in(again, range(200), 3, revises=False) is None, f"seed {seed}"
+    assert moved > 100, "as if each were a round's first plan"
+
+
 def swap_spans(plan: Plan) -> Plan:
     a, b, *rest = plan.spans
     swapped = (
@@ -235,7 +251,7 @@ ELECTIONS: dict[str, Callable[[Plan], Plan]] = {
         + p.roster[3:],
     ),
     "smaller roster": lambda p: dataclasses.replace(
-        p, spans=(Span(0, 100, p.spans[0].aggregator, 3),)
+        p, spans=(Span(0, 100, p.spans[1].aggregator, 3),)
     ),
 }  # fmt: skip
 
@@ -274,3 +290,17 @@ def test_random_tampering_with_a_fresh_plan_is_refused() -> None:
         )
         bad = with_span(index, **change)(plan)
         assert fault_in(bad, range(units), most, revises=False) is not None, f"seed {seed}"
+
+
+def test_who_cannot_be_reached_serves_nothing_while_somebody_can() -> None:
+    for able in range(1, 6):
+        among = seats([20_000] * able + [1] * (6 - able))
+        open_ = {seat.peer for seat in among[:able]}
+        assert {span.aggregator for span in spans_of(GROUP, among, range(1000), 8, 1)} == open_
+        for slot in range(20):
+            assert set(candidates(GROUP, slot, among)[:able]) == open_
+    alone = spans_of(GROUP, seats([1] * 6), range(1000), 8, 1)
+    assert len({span.aggregator for span in alone}) == 6
+    rather_than_the_benched = seats([0, 1])
+    spans = spans_of(GROUP, rather_than_the_benched, range(9), 8, 1)
+    assert [span.aggregator for span in spans] == [rather_than_the_benched[1].peer]

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from protocols import limits
-from protocols.membership import FAILURES_MAX, Membership, seat_of
+from protocols.membership import FAILURES_MAX, Membership, calls_first, seat_of
 from protocols.messages import Heartbeat
 from protocols.records import PeerRecord
 from protocols.types import GroupName, PeerId
@@ -229,3 +229,39 @@ def test_the_version_tells_news_from_mere_signs_of_life() -> None:
     assert table.version > version, "silence is news"
     table.heartbeat(peer(1), beat, 61.0)
     assert table.live(GROUP, 61.0) == live
+
+
+def test_an_answer_that_its_own_sender_overtook_changes_nothing(table: Membership) -> None:
+    newer = Heartbeat(RUN, GROUP, 1, 5, b"n" * 32, True, 1000)
+    older = Heartbeat(RUN, GROUP, 1, 4, b"o" * 32, True, 1000)
+    newer = dataclasses.replace(newer, next_ms=30_000)  # and calls seldom from now on
+    table.heartbeat(peer(1), newer, 100.2)
+    known = table.get(peer(1))
+    assert known is not None
+    due_s = known.next_s
+    table.heartbeat(peer(1), older, 100.3, asked_s=100.1)
+    assert (known.round, known.heard_s, known.next_s) == (5, 100.3, due_s)
+    table.heartbeat(peer(1), older, 100.5, asked_s=100.4)  # it stepped back since
+    assert known.round == 4
+
+
+def test_of_every_two_exactly_one_calls() -> None:
+    names = [peer(i) for i in range(40)]
+    first = [calls_first(a, b) for a in names for b in names if a < b]
+    assert all(
+        calls_first(a, b) == calls_first(b, a) in (a, b) for a in names for b in names if a != b
+    )
+    share = [first.count(name) / (len(names) - 1) for name in names]
+    assert 0.15 < min(share) <= max(share) < 0.85
+
+
+def test_who_answers_us_owes_no_word_before_we_call() -> None:
+    table = Membership(peer(0))
+    ours = next(i for i in range(1, 9) if calls_first(peer(0), peer(i)) == peer(0))
+    theirs = next(i for i in range(1, 9) if calls_first(peer(0), peer(i)) == peer(i))
+    for i in (ours, theirs):
+        table.saw(record(i), 100.0)
+        table.next_call_s = 200.0
+        table.announced(peer(i), 1000, 100.0)
+    assert live(table, 150.0) == [peer(ours)]
+    assert live(table, 200.0 + limits.SUSPECT_AFTER_S) == []

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import hashlib
 
+import pytest
+
 from protocols import limits
 from protocols.events import (
     ApplyRound,
@@ -19,6 +21,7 @@ from protocols.events import (
     Received,
     RecordIssued,
     RecordSeen,
+    Remembered,
     SignPlan,
     StateReady,
     Suspected,
@@ -42,9 +45,11 @@ MINE, THEIRS = Digest(hashlib.sha256(b"mine").digest()), Digest(hashlib.sha256(b
 class Returned:
     """A machine that holds `ROUND` rounds and has heard of another member from the directory."""
 
-    def __init__(self, *, known: bool = True) -> None:
+    def __init__(self, *, known: bool = True, past: Remembered | None = None) -> None:
         config = GroupConfig(run=RUN, units=8, site="a")
         self.machine = GroupMachine(peer(ME), config, 0.0)
+        if past is not None:
+            self.feed(past, 0.0)
         self.feed(StateReady(ROUND, MINE), 0.0)
         own = record(ME)
         self.feed(RecordIssued(sign_record(signer(ME), own), own), 0.0)
@@ -58,10 +63,48 @@ class Returned:
     def plans(self, now_s: float) -> bool:
         return any(isinstance(e, SignPlan) for e in self.feed(Tick(), now_s))
 
-    def hears(self, number: int, digest: Digest, now_s: float) -> list[Effect]:
-        signed = sign_record(signer(OTHER), record(OTHER))
+    def hears(self, number: int, digest: Digest, now_s: float, other: int = OTHER) -> list[Effect]:
+        signed = sign_record(signer(other), record(other))
         hello = Hello(limits.PROTOCOL_VERSION, RUN, signed, number, digest, True, False, 1000)
-        return self.feed(Received(peer(OTHER), hello), now_s)
+        return self.feed(Received(peer(other), hello), now_s)
+
+
+@pytest.mark.parametrize(("gone_s", "goes_over"), [(10.0, False), (limits.FIRM_S + 1, True)])
+def test_a_majority_can_count_on_a_member_that_comes_back(gone_s: float, goes_over: bool) -> None:
+    # Three of five stood at our state; the first two whom we meet have gone on without those.
+    past = Remembered(GROUP, 4, ROUND, tuple(peer(i) for i in (1, 2, 3, 4)), gone_s)
+    returned = Returned(past=past)
+    asked = False
+    for second in range(1, 30):
+        effects: list[Effect] = []
+        for other in (1, 2):
+            effects += returned.hears(ROUND + 3, THEIRS, float(second), other)
+        effects += returned.feed(Tick(), float(second))
+        for effect in effects:
+            if isinstance(effect, FetchOutcomes):  # which they have of another history than ours
+                nothing = FetchFinished(effect.peer, ROUND, 0, "none")
+                effects += returned.feed(nothing, second + 0.5)
+            asked |= isinstance(effect, FetchState)
+    # After so long nobody counts the silent any more, and two are most of two.
+    assert asked == goes_over
+
+
+def test_what_it_must_know_again_is_what_it_says_before_it_stops() -> None:
+    past = Remembered(GROUP, 4, ROUND - 1, (peer(3), peer(4)), 0.0)
+    returned = Returned(past=past)
+    returned.hears(ROUND, MINE, 1.0)
+    kept = returned.machine.past(2.0)
+    assert (kept.group, kept.epoch, kept.firm) == (GROUP, 4, ROUND - 1)
+    assert sorted(kept.members) == sorted([peer(OTHER), peer(3), peer(4)])
+    for second in range(2, 60):
+        returned.feed(Tick(), float(second))
+    assert returned.machine.past(2 * limits.FIRM_S).members == ()
+
+
+def test_an_epoch_in_which_it_signed_does_not_come_again() -> None:
+    returned = Returned(known=False, past=Remembered(GROUP, 4, ROUND, (), 1.0))
+    signed = [e.plan for e in returned.feed(Tick(), SETTLE_S) if isinstance(e, SignPlan)]
+    assert [plan.epoch for plan in signed] == [5]
 
 
 def test_who_knows_of_nobody_goes_on_alone_at_once() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from protocols.arrivals import Arrivals
+from protocols.collecting import TRIES_MAX
 from protocols.election import make_plan, revise_plan
 from protocols.errors import RemoteProtocolError
 from protocols.events import (
@@ -26,7 +27,7 @@ from protocols.events import (
 from protocols.identity import SIGNATURE_BYTES
 from protocols.messages import ContributionHeader, Contributor, OutcomeHeader, Plan, Seat, SpanHeld
 from protocols.records import Signed
-from protocols.round import COLLECT_SHARE, TRIES_MAX, Round
+from protocols.round import COLLECT_SHARE, Round
 from protocols.types import Digest, PeerId
 from tests.protocols.samples import GROUP, RUN, peer, seats
 

@@ -24,8 +24,9 @@ from protocols.events import (
     TakeContribution,
     Tick,
 )
-from protocols.messages import Heartbeat, OutcomeHeader, PlanRefused, Seat, Span, SpanHeld
+from protocols.messages import Heartbeat, OutcomeHeader, Plan, PlanRefused, Seat, Span, SpanHeld
 from protocols.records import sign
+from protocols.steering import PLANNED_AGAIN_MAX
 from protocols.types import Digest
 from tests.protocols.test_hostile import (
     FOREIGN_RUN,
@@ -125,6 +126,70 @@ def test_a_revision_keeps_the_bounds_of_the_plan_in_force() -> None:
     current = scene.victim.machine.current
     scene.attack(scene.victim, issue(scene.member.signer, cut))
     assert scene.victim.machine.current is current
+
+
+def office(scene: Scene) -> Peer:
+    """Who coordinates the group."""
+    now_s = scene.world.now_s
+    return next(p for p in scene.peers if p.machine._here.coordinator(now_s) == p.id)
+
+
+def rival_of(plan: Plan, roster: list[Peer]) -> Plan:
+    """The same round in the same epoch, planned by another, for these."""
+    return make_plan(
+        run=RUN, group=HERE, epoch=plan.epoch, round=plan.round,
+        seats=[s for s in plan.roster if s.peer in {p.id for p in roster}], units=range(UNITS),
+        aggregators_max=2, train_ms=plan.train_ms, exchange_ms=plan.exchange_ms,
+        digest=Digest(plan.digest),
+    )  # fmt: skip
+
+
+def planned(effects: RemoteProtocolError | list[Effect]) -> list[Plan]:
+    assert not isinstance(effects, RemoteProtocolError)
+    return [e.plan for e in effects if isinstance(e, SignPlan)]
+
+
+def test_who_coordinates_plans_once_more_where_another_planned_the_same_round() -> None:
+    scene = Scene(1)
+    head = office(scene)
+    plan = scene.plan
+    member = next(p for p in scene.peers if p is not head)
+    no = PlanRefused(RUN, HERE, plan.epoch, plan.epoch, "another plan of this epoch is in force")
+    assert planned(scene.attack(member, says(no, head))) == []  # not its office
+    old = dataclasses.replace(no, epoch=plan.epoch - 1)
+    ahead = dataclasses.replace(no, known_epoch=plan.epoch + 1)
+    assert planned(scene.attack(head, says(old, member))) == []
+    for times in range(1, PLANNED_AGAIN_MAX + 1):
+        (again,) = planned(scene.attack(head, says(no, member)))
+        assert (again.round, again.epoch) == (plan.round, plan.epoch + times)
+        assert again.peers == plan.peers
+        head.machine._following.adopt(again, head.id, scene.world.now_s, scene.world.now_s)
+        no = dataclasses.replace(no, epoch=again.epoch, known_epoch=again.epoch)
+    assert planned(scene.attack(head, says(no, member))) == []  # nobody can go on for ever
+    assert planned(scene.attack(head, says(ahead, member))) == []
+
+
+@pytest.mark.parametrize("known", [2, 4])
+def test_two_plans_of_one_round_cost_no_round(known: int) -> None:
+    """Two members follow one whom the coordinator's plan did not reach in time, in a plan for those
+    two or, as both makers took in the others at the same instant, for everybody."""
+    scene = Scene(1)
+    plan, head = scene.plan, office(scene)
+    among = sorted(scene.peers, key=lambda p: p is head)
+    two, rival = among[:2], rival_of(plan, among[:known])
+    for peer in two:
+        peer.machine._here.current = None
+        peer.machine._following.adopt(rival, two[0].id, scene.world.now_s, scene.world.now_s)
+        assert peer.machine.current is not None
+        assert peer.machine.current.plan == rival
+    for peer in two:
+        scene.world._feed(peer, issue(head.signer, plan))
+    assert scene.world.run_until(
+        lambda: all(p.machine.round > plan.round for p in scene.peers), plan.train_ms / 1000 + 1.0
+    )
+    assert len({p.history for p in scene.peers}) == 1
+    for _, _, shares in head.history[plan.round].inside:
+        assert {who for who, _, _ in shares} == {p.id for p in scene.peers}
 
 
 def test_a_round_that_is_being_applied_cannot_be_planned_again() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -82,7 +83,11 @@ def test_members_with_different_ledgers_are_found(monkeypatch: pytest.MonkeyPatc
     from peer.simulate.learner import SimStream
 
     monkeypatch.setattr(SimStream, "adopt", lambda *_: None)
-    record = simulate(two_towns(1.5, blocks=64))
+    town = two_towns(1.5, blocks=64)
+    *others, late = town.peers
+    record = simulate(
+        dataclasses.replace(town, peers=(*others, dataclasses.replace(late, join_s=30.0)))
+    )
     assert promises(record) == {"the ledger adds up"}
     assert any("another ledger" in violation.what for violation in record.violations)
 

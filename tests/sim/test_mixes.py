@@ -164,12 +164,22 @@ def test_a_newcomer_with_another_groups_state_does_not_outvote_a_loner() -> None
     assert not [v for v in record.violations if v.promise == MASS], to_text(record)
 
 
-@pytest.mark.parametrize(("seed", "peers", "fate"), [(62181, 5, "orphaned"), (62232, 6, "gone")])
-def test_what_no_peer_can_mend_is_counted_apart(seed: int, peers: int, fate: str) -> None:
-    """All who knew of the debt died, or all who had the state."""
-    record = simulate(draw(seed, peers=peers))
-    assert not [v for v in record.violations if v.promise == MASS], to_text(record)
-    assert getattr(record.mixes, fate)
+@pytest.mark.parametrize(
+    ("fate", "drawn"),
+    [
+        ("orphaned", [(62227, 6), (62181, 5), (62219, 4), (62158, 6)]),
+        ("gone", [(62155, 5), (62207, 4), (62150, 4), (62162, 5)]),
+    ],
+)
+def test_what_no_peer_can_mend_is_counted_apart(fate: str, drawn: list[tuple[int, int]]) -> None:
+    """All who knew of the debt died, or all who had the state. Which history shows it changes with
+    every change of the protocol: one of several does."""
+    for seed, peers in drawn:
+        record = simulate(draw(seed, peers=peers))
+        assert not [v for v in record.violations if v.promise == MASS], to_text(record)
+        if getattr(record.mixes, fate):
+            return
+    raise AssertionError(f"in none of {drawn}")
 
 
 def test_a_lender_that_restarts_as_it_is_to_be_paid_is_paid_later() -> None:

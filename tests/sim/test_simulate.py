@@ -23,6 +23,7 @@ from peer.simulate.report import figures, to_json, to_text
 from peer.simulate.scenario import Fault, Kind, Lie, Scenario, draw
 from peer.simulate.timeline import draw_timeline
 from peer.simulate.world import Record, World, simulate
+from protocols import limits
 from protocols.types import Digest
 from tests.pages import ROOT
 
@@ -43,6 +44,36 @@ def kept(record: Record) -> Record:
     """Its promises held; the story else."""
     assert not record.violations, to_text(record)
     return record
+
+
+def test_a_model_of_gigabytes_begins_and_goes_on_together() -> None:
+    """Nobody waits for a state that the manifest makes; no member is left behind where an outcome
+    takes longer to arrive than a round is long."""
+    scenario = plan(
+        5, peers=8, minutes=5.0, sites=1, round_s=10.0, rate_bps=5e8, parameters=2e9,
+        exchange_s=120.0, units=256,
+    )  # fmt: skip
+    world = World(dataclasses.replace(scenario, aggregators_max=8, round_s_max=80.0))
+    fetched: list[int] = []
+    rosters: set[int] = set()
+    carried_over = 0.0
+
+    def listen(_: float, node: Node, event: ev.Event) -> None:
+        nonlocal carried_over
+        if isinstance(event, ev.WorkCarriedOver):
+            carried_over += event.tokens
+        if isinstance(event, ev.StateReceived):
+            fetched.append(node.index)
+        if isinstance(event, ev.RoundPlanned) and event.round > 0:
+            rosters.add(len(event.roster))
+
+    world.listen(listen)
+    record = kept(world.run())
+    assert not fetched
+    assert rosters == {8}
+    offered = sum(fact.tokens for fact in record.rounds)
+    assert carried_over < 0.05 * offered
+    assert len(record.rounds) >= 4
 
 
 # ── time ─────────────────────────────────────────────────────────────────────────────────
@@ -121,6 +152,30 @@ def test_a_member_whose_disk_was_wiped_gets_the_state_from_another() -> None:
     assert any(50 < at_s < 70 for at_s in received)
 
 
+def test_a_state_that_takes_longer_than_outcomes_are_kept_is_fetched_once() -> None:
+    scenario = village(4, 5.0, faults=(broken(Kind.wipe, 40, 10, 2),))
+    load = dataclasses.replace(scenario.load, state_bytes=1_500_000_000)
+    world = World(dataclasses.replace(scenario, load=load))
+    states: list[ev.StateReceived] = []
+    caught: list[int] = []
+
+    def listen(_: float, node: Node, event: ev.Event) -> None:
+        if node.index == 2 and isinstance(event, ev.StateReceived):
+            states.append(event)
+        if node.index == 2 and isinstance(event, ev.CaughtUp):
+            caught.append(event.round)
+
+    world.listen(listen)
+    record = kept(world.run())
+    (state,) = states
+    assert len(state.given) == 3
+    assert state.seconds > 2 * limits.OUTCOME_ROUNDS_KEPT * 6.0
+    assert caught == list(range(state.round, state.round + len(caught)))
+    assert len(caught) > 2 * limits.OUTCOME_ROUNDS_KEPT
+    last = [tally.rounds for tally in record.tallies]
+    assert min(last) > max(last) - 4
+
+
 def test_a_frozen_member_is_passed_over_and_catches_up() -> None:
     record = kept(simulate(village(faults=(broken(Kind.freeze, 40, 15, 1),))))
     assert min(tally.rounds for tally in record.tallies) >= 10
@@ -146,10 +201,11 @@ def test_one_liar_among_five_breaks_nobody_elses_promises(lie: Lie) -> None:
 
 
 def test_a_loss_of_packets_costs_time_and_no_work() -> None:
-    clear = figures(kept(simulate(village())))
-    lossy = figures(kept(simulate(village(loss=0.05))))
-    assert lossy.exchange_s > clear.exchange_s
-    assert lossy.participation > 0.9
+    clear = kept(simulate(village()))
+    lossy = kept(simulate(village(loss=0.05)))
+    clear_s, lossy_s = (sum(seconds for _, _, seconds in r.exchanges) for r in (clear, lossy))
+    assert lossy_s > 1.05 * clear_s
+    assert figures(lossy).participation > 0.9
 
 
 # ── the same again ───────────────────────────────────────────────────────────────────────

@@ -70,12 +70,14 @@ from protocols.messages import (
     PLAN_DOMAIN,
     ContributionHeader,
     Contributor,
+    Heartbeat,
     Message,
     OutcomeHeader,
     OutcomePush,
     PlanIssued,
     Span,
     decode,
+    decode_beat,
     encode,
 )
 from protocols.records import PeerRecord, Signed, sign, sign_record
@@ -92,6 +94,10 @@ def signer(index: int) -> Signer:
 
 Share = tuple[PeerId, int, tuple[int, ...]]
 """Whose contribution, its number, and in which units it is inside."""
+
+
+SpanKey = tuple[int, int, int, int]
+"""Round, span, and its bounds, which another plan of the round may draw elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -125,9 +131,9 @@ class Peer:
     line: list[tuple[SendContribution, int]] = field(default_factory=list)
     """Units that wait for the line."""
     carrying: bool = False
-    folded: dict[tuple[int, int], dict[PeerId, tuple[int, set[int]]]] = field(default_factory=dict)
-    """(round, span) -> whose contribution (its number) is in our accumulator, in which units."""
-    closed: set[tuple[int, int]] = field(default_factory=set)
+    folded: dict[SpanKey, dict[PeerId, tuple[int, set[int]]]] = field(default_factory=dict)
+    """Whose contribution (its number) is in our accumulator, in which units."""
+    closed: set[SpanKey] = field(default_factory=set)
     content: dict[bytes, frozenset[Share]] = field(default_factory=dict)
     kept: dict[int, tuple[tuple[OutcomeHeader, Signed], ...]] = field(default_factory=dict)
     told: list[tuple[float, Effect]] = field(default_factory=list)
@@ -368,15 +374,16 @@ class World:
             case CloseSpan():
                 self._close(peer, effect)
             case DropSpan(number, span):
-                peer.folded.pop((number, span), None)
-                peer.closed.discard((number, span))
+                for key in [k for k in peer.folded if k[:2] == (number, span)]:
+                    del peer.folded[key]
+                peer.closed = {k for k in peer.closed if k[:2] != (number, span)}
             case PushOutcome():
                 self._push(peer, effect)
             case FetchOutcomes():
                 self._fetch(peer, effect)
             case ApplyRound():
                 self._apply(peer, effect)
-            case FetchState(donor, _, step_back, _):
+            case FetchState(donor, step_back=step_back):
                 peer.told.append((self.now_s, effect))
                 self._fetch_state(peer, donor, step_back)
             case PublishRecord():
@@ -400,8 +407,22 @@ class World:
         self._later(other, delay_s, Received(peer.id, decode(data, peer.id)))
         if other.frozen:
             self._later(peer, limits.CALL_TIMEOUT_S, Undelivered(to, "no answer"))
+        elif isinstance(message, Heartbeat):
+            self.after(delay_s, lambda: self._answer(peer, other, delay_s))
         else:
             self._later(peer, 2 * delay_s, Delivered(to, 2 * delay_s))
+
+    def _answer(self, peer: Peer, other: Peer, delay_s: float) -> None:
+        """`other` has just had a heartbeat of `peer`, and says where it stands itself."""
+        if other.frozen:
+            self._later(peer, limits.CALL_TIMEOUT_S, Undelivered(other.id, "no answer"))
+            return
+        if self.peers.get(other.id) is not other or not self._reaches(peer, other):
+            self._later(peer, delay_s, Undelivered(other.id, "unreachable"))
+            return
+        answer = other.machine.answer(peer.id, self.now_s)
+        beat = None if answer is None else decode_beat(encode(answer), other.id)
+        self._later(peer, delay_s, Delivered(other.id, 2 * delay_s, beat))
 
     def _send_contribution(self, peer: Peer, effect: SendContribution) -> None:
         plan, span = effect.plan, effect.plan.spans[effect.span]
@@ -466,7 +487,7 @@ class World:
     ) -> None:
         """A unit has arrived; with the last one the contribution is whole."""
         plan, span = effect.plan, effect.plan.spans[effect.span]
-        key = (plan.round, effect.span)
+        key = (plan.round, effect.span, span.start, span.stop)
         if key in other.closed:
             return
         _, units = other.folded.setdefault(key, {}).setdefault(peer.id, (number, set()))
@@ -477,7 +498,7 @@ class World:
 
     def _close(self, peer: Peer, effect: CloseSpan) -> None:
         plan, span = effect.plan, effect.plan.spans[effect.span]
-        key = (plan.round, effect.span)
+        key = (plan.round, effect.span, span.start, span.stop)
         peer.closed.add(key)
         parts = peer.folded.get(key, {}) if effect.keep else {}
         inside = frozenset((p, n, tuple(sorted(units))) for p, (n, units) in parts.items())

@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 
 from peer.errors import ManifestError
-from peer.train import build_method
 from peer.train.flat import FlatMethod, FrozenWork
 from peer.train.owed import Owed
 from tests.train import tiny
-from tests.train.tiny import batch, manifest, method, reduce
+from tests.train.tiny import batch, built, manifest, method, reduce
 
 
 def made(fragments: int, **changes: Any) -> FlatMethod:
@@ -22,7 +21,7 @@ def made(fragments: int, **changes: Any) -> FlatMethod:
     some = manifest(fragments=fragments, **changes)
     config = some.model.config | {"intermediate_size": 1700}
     some = dataclasses.replace(some, model=dataclasses.replace(some.model, config=config))
-    return build_method(some, device="cpu", threads=1)
+    return built(some)
 
 
 def gap(one: FlatMethod) -> np.ndarray[Any, np.dtype[np.float32]]:

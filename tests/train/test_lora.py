@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,13 @@ import pytest
 import torch
 
 from peer.errors import ManifestError
+from peer.finetune.products import mean_product
 from peer.manifest import MethodSpec
 from peer.train import build_method
 from peer.train.flat import FrozenWork
 from peer.train.lora import PARTS_MAX, LoraMethod
-from peer.train.lowrank import mean_product
 from tensorcodecs import DecodeError
-from tests.train.tiny import CONFIG, batch, everywhere, manifest, method, reduce
+from tests.train.tiny import CONFIG, batch, built, everywhere, manifest, method, reduce
 
 Array = npt.NDArray[Any]
 
@@ -218,7 +219,7 @@ def test_gpt2s_transposed_layers_are_adapted_the_right_way_round(tmp_path: Path)
         model_type="gpt2", vocab_size=260, n_embd=32, n_layer=2, n_head=2, n_positions=64,
         bos_token_id=256, eos_token_id=256,
     )  # fmt: skip
-    adapted = build_method(made, device="cpu")
+    adapted = built(made)
     for i in range(2):
         adapted.step(batch(i))
     adapted.apply(reduce(adapted, [adapted.contribution()]), everywhere(adapted, True))
@@ -238,3 +239,23 @@ def test_targets_that_fit_nothing_and_ranks_that_fit_no_layer_name_the_field() -
         object.__setattr__(made, "method", spec)
         with pytest.raises(ManifestError, match=words):
             build_method(made, device="cpu")
+
+
+def test_fedit_averages_the_factors_and_ends_elsewhere() -> None:
+    run = manifest("lora")
+    run = replace(run, method=replace(run.method, aggregate="fedit"))
+    made = [(built(run), built(run)), (_lora(), _lora())]
+    for pair in made:
+        parts = []
+        for i, peer in enumerate(pair):
+            for step in range(3):
+                peer.step(batch(100 * i + step))
+            parts.append(peer.contribution())
+        ends = [peer.inner.to_numpy() for peer in pair]
+        outcome = reduce(pair[0], parts)
+        for peer in pair:
+            peer.apply(outcome, everywhere(peer, True))
+        assert pair[0].digest() == pair[1].digest()
+        mean = (ends[0].astype(np.float64) + ends[1]) / 2
+        off = np.abs(pair[0].state()["factors"] - mean).max()
+        assert (off <= 1e-6) == (pair is made[0]), "exact does not average factors"

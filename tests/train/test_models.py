@@ -17,7 +17,7 @@ from peer.train.models import load_folder, parameters_of
 from peer.train.sample import sample
 from peer.train.stream import BlockStream
 from peer.train.tokens import ByteTokenizer
-from tests.train.tiny import CONFIG, batch, everywhere, manifest, method, reduce
+from tests.train.tiny import CONFIG, batch, built, everywhere, manifest, method, reduce
 
 
 def _config(kind: str) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def test_greedy_sampling_is_what_the_whole_text_would_give() -> None:
 
 def test_the_loss_falls_on_the_built_in_text() -> None:
     made = manifest()
-    trained = build_method(made, device="cpu", threads=1)
+    trained = built(made)
     data = build_data(made, None, ByteTokenizer())
     stream = BlockStream(data, batch_size=4, seed=0, peer="a")
     held = [torch.stack(data.validation()[i : i + 16]) for i in range(0, 64, 16)]

@@ -9,7 +9,7 @@ import pytest
 
 from peer.train.flat import FlatMethod
 from peer.train.owed import AGE_MAX, Owed
-from tests.train.tiny import batch, everywhere, method, reduce
+from tests.train.tiny import batch, everywhere, inner_of, method, reduce
 
 
 def mask(*inside: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
@@ -123,7 +123,7 @@ def test_the_halves_weigh_what_they_learned() -> None:
 
 def test_what_is_not_finite_is_not_kept() -> None:
     one, other = method(), method()
-    other.inner.flat[3] = float("inf")
+    inner_of(other).flat[3] = float("inf")
     other.reconcile(one.state(), 100.0, 2)
     assert np.array_equal(other.inner.to_numpy(), one.state()["theta"])
     other.step(batch(1))

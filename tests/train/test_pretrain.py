@@ -15,7 +15,7 @@ from peer.train import build_method
 from peer.train.flat import FlatMethod, FrozenWork
 from peer.train.pretrain import PretrainMethod
 from tensorcodecs import get_codec
-from tests.train.tiny import batch, everywhere, manifest, method, reduce
+from tests.train.tiny import batch, everywhere, inner_of, manifest, method, reduce
 
 
 def _delta(made: FlatMethod) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
@@ -154,7 +154,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted() -> None:
     result = made.step(batch(1))
     handle.remove()
     assert result.tokens == 0
-    assert made.inner.skipped_steps == 1
+    assert inner_of(made).skipped_steps == 1
     assert np.array_equal(made.inner.to_numpy(), before)
     assert made.step(batch(2)).tokens == 64
 
@@ -162,7 +162,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted() -> None:
 def test_a_model_that_ran_away_contributes_nothing_and_comes_back() -> None:
     made = method()
     made.step(batch(0))
-    made.inner.flat[7] = math.nan
+    inner_of(made).flat[7] = math.nan
     assert made.contribution().weight == 0
     assert made.dropped_work == 1
     assert np.array_equal(made.inner.to_numpy(), made.state()["theta"])

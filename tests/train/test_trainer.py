@@ -22,6 +22,10 @@ class Toy:
     """Counts its steps; each takes until `gate` is open."""
 
     units = 1
+    idle = False
+    carries = True
+    weight = 1.0
+    owed = False
 
     def __init__(self) -> None:
         self.gate = threading.Event()
@@ -47,10 +51,10 @@ class Toy:
     fragments = Fragments((0, 1))
 
     def owes(self) -> bool:
-        return False
+        return self.owed
 
     def contribution(self, units: range) -> Any:
-        return SimpleNamespace(weight=1.0, steps=self.steps)
+        return SimpleNamespace(weight=self.weight, steps=self.steps)
 
 
 class Batches:
@@ -94,6 +98,48 @@ async def test_it_is_built_in_its_thread_and_trains_only_when_told() -> None:
     assert await trainer.run(lambda method: method.steps) == steps
     await trainer.aclose()
     assert not toy.thread.is_alive()
+
+
+async def test_a_method_that_waits_for_an_outcome_is_asked_for_no_steps() -> None:
+    toys: list[Toy] = []
+    trainer = _trainer(toys)
+    await trainer.open()
+
+    def wait(method: Any, yes: bool) -> int:
+        method.idle = yes
+        return int(method.steps)
+
+    trainer.start()
+    await _until_stepped(toys[0])
+    steps = await trainer.run(wait, True)
+    await asyncio.to_thread(_until_idle, trainer)
+    assert await trainer.run(wait, True) == steps
+    await trainer.run(wait, False)
+    await _until_stepped(toys[0])
+    assert toys[0].steps > steps
+    await trainer.aclose()
+
+
+@pytest.mark.parametrize(("carries", "running", "dropped"), [
+    (True, True, 0), (True, False, 0), (False, True, 0), (False, False, 1),
+])  # fmt: skip
+async def test_half_done_work_is_given_up_by_who_stops_for_good_and_cant_carry_it_over(
+    carries: bool, running: bool, dropped: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or who leaves would wait in vain for its last blocks to get inside."""
+    drops: list[int] = []
+    monkeypatch.setattr(Batches, "drop", lambda _: drops.append(1))
+    toys: list[Toy] = []
+    trainer = _trainer(toys)
+    await trainer.open()
+    toys[0].weight, toys[0].owed, toys[0].carries = 0.0, True, carries
+    trainer.start()
+    await _until_stepped(toys[0])
+    if not running:
+        trainer.pause()
+    await trainer.harvest(0)
+    assert len(drops) == dropped
+    await trainer.aclose()
 
 
 async def test_the_loop_runs_on_while_a_step_takes_long() -> None:

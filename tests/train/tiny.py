@@ -20,6 +20,7 @@ from peer.manifest import (
 )
 from peer.train import build_method
 from peer.train.flat import FlatMethod, FrozenWork
+from peer.train.inner import Inner
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -54,7 +55,20 @@ def manifest(
 
 
 def method(kind: str = "pretrain", **changes: Any) -> FlatMethod:
-    return build_method(manifest(kind, **changes), device="cpu", threads=1)
+    return built(manifest(kind, **changes))
+
+
+def built(run: Manifest) -> FlatMethod:
+    """The method of a run of all weights, or of adapters alone."""
+    made = build_method(run, device="cpu", threads=1)
+    assert isinstance(made, FlatMethod)
+    return made
+
+
+def inner_of(method: FlatMethod) -> Inner:
+    """What trains the method's local values."""
+    assert isinstance(method.inner, Inner)
+    return method.inner
 
 
 def batch(seed: int) -> torch.Tensor:
