@@ -746,8 +746,12 @@ class Driver:
         self, stream: Stream, header: LoanQuery | LoanAgain | DebtPush | DebtsQuery
     ) -> None:
         mixing = self.mixing
-        if mixing is None or not self.machine.ready:
+        if mixing is None:
             await refuse(stream, NO, "we do not gossip")
+            return
+        if not self.machine.ready:
+            # Not for good: a debt that this ended would be lost.
+            await refuse(stream, LATER, "we have no state yet")
             return
         match header:
             case LoanQuery():

@@ -237,6 +237,8 @@ class MixJudge:
             self._one_sided(mix, fact, rest & fact.minus, "the lender lost its side")
             return "torn"
         if fact.lost:
+            if self._ended(loan.lender, fact):
+                return "gone"
             self._one_sided(mix, fact, rest, fact.lost)
             return "lost"
         self._one_sided(mix, fact, rest, "nobody owes the other side")

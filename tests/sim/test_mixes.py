@@ -187,3 +187,10 @@ def test_a_lender_that_restarts_as_it_is_to_be_paid_is_paid_later() -> None:
     record = simulate(draw(7058))
     assert not record.violations, to_text(record)
     assert record.mixes.both
+
+
+def test_a_lender_that_comes_back_with_nothing_is_paid_once_it_has_a_state() -> None:
+    """Its "not now" was heard as "never", and what its group was owed was given up."""
+    record = simulate(draw(1541850636, peers=6, duration_s=150.0))
+    assert not record.violations, to_text(record)
+    assert not record.mixes.lost
