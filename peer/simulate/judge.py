@@ -27,6 +27,7 @@ from peer.simulate.books import WIDTH, History, read_unit
 from peer.simulate.mixes import MixFigures, MixJudge
 from protocols import limits
 from protocols.messages import Plan
+from protocols.types import PeerId
 
 if TYPE_CHECKING:
     from peer.simulate.nodes import Node
@@ -121,8 +122,8 @@ class Judge:
         self.mix_figures = MixFigures()
         self._world = world
         self._watches: dict[int, _Watch] = {}
-        self._contents: dict[tuple[str, int, int, int, str], tuple[bytes, set[_Life]]] = {}
-        """An outcome's place and signer -> its content, and who applied it in which life."""
+        self._contents: dict[tuple[str, int, int, int, str, bytes], tuple[bytes, set[_Life]]] = {}
+        """An outcome's place, signer and base -> its content, and who applied it in which life."""
         self._seen: dict[bytes, None] = {}
         scenario = world.scenario
         state_s = 8 * scenario.load.state_bytes / scenario.slowest_bps()
@@ -184,7 +185,7 @@ class Judge:
         if units != list(self._world.scenario.cut().of(number)):
             self._blame("applied once", node, f"round {number} on units {units}")
         for outcome in outcomes:
-            self._one_content(node, outcome)
+            self._one_content(node, outcome, before)
         new = after.digest not in self._seen
         self.mixes.applied(node, outcomes, before, after, new=new)
         if new:
@@ -192,27 +193,33 @@ class Judge:
             self._weigh(node, outcomes, before)
             self._note_round(node, number, outcomes, plan, before, after)
 
-    def _one_content(self, node: Node, outcome: Outcome) -> None:
+    def _one_content(self, node: Node, outcome: Outcome, before: History) -> None:
         header = outcome.header
         signer = outcome.signed.signer
         if self._world.is_liar(signer):
             return
-        key = (header.group, header.round, header.epoch, header.start, signer)
+        # With its disk a peer loses what it has signed. Only the history that it begins then may
+        # have outcomes of the same epochs.
+        base = before.digest if self._world.is_forgetful(signer) else b""
+        key = (header.group, header.round, header.epoch, header.start, signer, base)
         known, appliers = self._contents.setdefault(key, (header.content, set()))
         here = (node.index, node.lives)
-        if known != header.content and all(
-            index == node.index and life < node.lives for index, life in appliers
-        ):
+        if known == header.content:
+            appliers.add(here)
+        elif self._died_with(signer, appliers):
             # It died with its maker before it was on disk or anybody else's: it never was.
             self._contents[key] = (header.content, {here})
-        elif known == header.content:
-            appliers.add(here)
         else:
             self._blame(
                 "one outcome per span and epoch", node,
                 f"{signer[-6:]} signed two for span {header.span} of round {header.round}"
                 f" in epoch {header.epoch}",
             )  # fmt: skip
+
+    def _died_with(self, signer: PeerId, appliers: set[_Life]) -> bool:
+        """Whether only earlier lives of the signer itself applied something."""
+        maker = self._world.node_of(signer)
+        return all(index == maker.index and life < maker.lives for index, life in appliers)
 
     def _weigh(self, node: Node, outcomes: Sequence[Outcome], before: History) -> None:
         """The mean of every unit, from what its contributors really made."""

@@ -108,6 +108,7 @@ class World:
         self.judge = Judge(self)
         self.nodes: list[Node] = []
         self._liars: set[PeerId] = set()
+        self._forgetful: set[PeerId] = set()
         self._progress = progress
         self._entrances_up = [True] * scenario.entrances
         self._met: set[int] = set()
@@ -147,8 +148,15 @@ class World:
     def failed(self, error: BaseException) -> None:
         self._failures.append(error)
 
+    def node_of(self, peer: PeerId) -> Node:
+        return next(node for node in self.nodes if node.id == peer)
+
     def is_liar(self, peer: PeerId) -> bool:
         return peer in self._liars
+
+    def is_forgetful(self, peer: PeerId) -> bool:
+        """Whether it loses its disk at some moment of the scenario, and all but its key."""
+        return peer in self._forgetful
 
     def is_cut_off(self, node: Node) -> bool:
         """Whether a wall stands between it and some others now."""
@@ -201,6 +209,8 @@ class World:
                 self._lanes.append(bytearray())
                 if spec.lie:
                     self._liars.add(self.nodes[-1].id)
+            wiped = [f.targets for f in self.scenario.faults if f.kind is Kind.wipe]
+            self._forgetful = {self.nodes[i].id for targets in wiped for i in targets}
             loop.run_until_complete(self._days())
             self.judge.final()
             record = self._record()

@@ -15,6 +15,7 @@ import pytest
 from peer.exchange import Outcome
 from peer.observe import events as ev
 from peer.own_work import OwnWork
+from peer.simulate.books import History
 from peer.simulate.links import Line, Path, PathSpec, goodput_bps
 from peer.simulate.loop import StandstillError, VirtualLoop
 from peer.simulate.nodes import Node
@@ -283,16 +284,22 @@ def test_two_outcomes_of_one_span_and_epoch_are_found(monkeypatch: pytest.Monkey
     honest = Judge._one_content
     seen: list[int] = []
 
-    def doubting(self: Judge, node: Node, outcome: Outcome) -> None:
+    def doubting(self: Judge, node: Node, outcome: Outcome, before: History) -> None:
         seen.append(node.index)
         header = outcome.header
         if len(set(seen)) > 1 and node.index == seen[-1] != seen[0]:
             header = dataclasses.replace(header, content=Digest(bytes(32)))
-        honest(self, node, dataclasses.replace(outcome, header=header))
+        honest(self, node, dataclasses.replace(outcome, header=header), before)
 
     monkeypatch.setattr(Judge, "_one_content", doubting)
     record = simulate(village(2, 0.7))
     assert {v.promise for v in record.violations} == {"one outcome per span and epoch"}
+
+
+def test_an_outcome_that_died_with_its_maker_never_was() -> None:
+    """A loner closed a round, then lost its disk; it did the round again with another, who was the
+    first to apply it."""
+    kept(simulate(draw(700000560, peers=2, duration_s=150.0)))
 
 
 def test_who_took_a_state_goes_on_from_it_even_while_its_own_round_ends() -> None:
