@@ -5,9 +5,9 @@ all say by when the next word follows. Of two members one calls at the regular t
 answers (`membership.calls_first`); the other calls too when its standing has changed or the first
 is late. They come every second while it matters who lives, which is from shortly before
 contributions are due until the round is applied and all have agreed, and whenever anything is
-unsettled; in a long training phase an eighth of it, so that rounds of half an hour cost next to
-nothing. The last slow heartbeat is timed to end where the quick ones begin, so the dead are known
-before they are missed.
+unsettled; in a long training phase after a part of it (`pace.chores_s`), so that rounds of half an
+hour cost next to nothing. The last slow heartbeat is timed to end where the quick ones begin, so
+the dead are known before they are missed.
 Suspects are hailed now and then, for they may be back.
 """
 
@@ -20,7 +20,7 @@ from protocols import limits
 from protocols.errors import RemoteProtocolError
 from protocols.events import Effect, RecordIssued, Send, Suspected
 from protocols.messages import Heartbeat, Hello
-from protocols.pace import CHORES_SHARE
+from protocols.pace import chores_s
 from protocols.records import PeerRecord, read_record
 from protocols.schema import SchemaError
 from protocols.standing import Standing
@@ -176,7 +176,7 @@ class Company:
         outlook = here.outlook(now_s)
         if not outlook.live or not outlook.in_step:
             return soon_s
-        pause_s = min(current.plan.train_ms / 1000 * CHORES_SHARE, limits.HEARTBEAT_S_MAX)
+        pause_s = chores_s(current.plan.train_ms / 1000)
         return max(soon_s, min(self._beat_s + pause_s, current.due_s - LEAD_S))
 
     def _schedule(self, next_s: float) -> None:

@@ -28,7 +28,7 @@ REVIEW_S: Final = 60.0  # and who has: nothing that counts changes faster
 SOUND_OUT_S: Final = 3.0  # how often a loner measures the round trip to the same peer again
 SOUND_OUT_MAX: Final = 8  # and to how many a second
 STRANGERS_S: Final = 40.0  # who has company measures two strangers so often: they fix the map;
-STRANGERS_S_MAX: Final = 120.0  # and no seldomer than this in long rounds, or it would stand still
+STRANGERS_S_MAX: Final = 120.0  # and no seldomer in long rounds, as some choose by it
 LARGE: Final = limits.CELL_SAMPLE // 2  # a run of which a newcomer sees so many may be larger still
 CELLS_READ_S: Final = 5.0  # from a coordinate to the records of its cells
 CELLS_WAIT_S: Final = 20.0  # and where that takes longer, what is known has to do
@@ -156,7 +156,9 @@ class Moving:
         here = self._here
         if now_s < self._stranger_s or not here.group:
             return []
-        self._stranger_s = now_s + min(max(STRANGERS_S, here.pace.chores_s), STRANGERS_S_MAX)
+        # A declared site is where one stays, whatever the map says.
+        most_s = math.inf if here.config.site else STRANGERS_S_MAX
+        self._stranger_s = now_s + min(max(STRANGERS_S, here.pace.chores_s), most_s)
         strangers = [
             n
             for n in here.members.everybody()

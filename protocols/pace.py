@@ -19,7 +19,20 @@ ROUNDS_KEPT: Final = 5
 ROUNDS_MIN: Final = 3  # one slow exchange is no reason
 CHORES_SHARE: Final = 1 / 8  # of a round from one standing chore to the next: rounds of half an
 # hour cost next to nothing between exchanges, and what changes is known within a part of a round
+CHORES_SHARE_LONG: Final = 1 / 4  # of what a round has more than ...
+LONG_S: Final = 240.0
 CALM: Final = 0.5  # of the share: below that, rounds get shorter
+
+
+def chores_s(phase_s: float) -> float:
+    """From one standing chore to the next, in a phase of so many seconds.
+
+    An eighth of it; of a long one nearly a quarter, as nobody can tell then whether something is
+    known after five minutes or after nine.
+    """
+    more_s = max(0.0, phase_s - LONG_S)
+    pause_s = CHORES_SHARE * (phase_s - more_s) + CHORES_SHARE_LONG * more_s
+    return min(pause_s, limits.HEARTBEAT_S_MAX)
 
 
 class Pace:
@@ -38,12 +51,12 @@ class Pace:
     def chores_s(self) -> float:
         """How seldom what has to be done again and again may be done, as long as rounds are now:
         heartbeats in a training phase, reading and renewing records, looking for a better group."""
-        return min(self.round_s * CHORES_SHARE, limits.HEARTBEAT_S_MAX)
+        return chores_s(self.round_s)
 
     @property
     def chores_s_max(self) -> float:
         """However long rounds become."""
-        return min(self._most_s * CHORES_SHARE, limits.HEARTBEAT_S_MAX)
+        return chores_s(self._most_s)
 
     def measured(self, exchange_s: float) -> None:
         """A round's exchange took so long."""

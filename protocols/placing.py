@@ -154,7 +154,7 @@ def whom_to_measure(
 def measured_s(known: Iterable[Neighbour], now_s: float) -> dict[PeerId, float]:
     """Round trips to choose a group by: an old one may be that of another place. (Whom we never
     hailed answered our first hello just now.)"""
-    fresh_s = max(FIT_WINDOW_S, 2 * limits.HEARTBEAT_S_MAX)
+    fresh_s = max(FIT_WINDOW_S, limits.HEARTBEAT_S_MAX)
     return {
         n.record.peer: n.rtt_s
         for n in known

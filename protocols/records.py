@@ -61,11 +61,14 @@ class PeerRecord:
 
 
 def says_the_same(one: PeerRecord, other: PeerRecord) -> bool:
-    """Whether a record says nothing but that time went by: its dates, and the round it is at."""
+    """Whether a record says nothing that anything is decided by at once.
+
+    Its dates and its round change all the time; coordinates, too, and they are looked at when a
+    group is chosen.
+    """
     return (
         one.group == other.group
         and one.company == other.company
-        and one.coordinate == other.coordinate
         and one.addresses == other.addresses
         and (one.site, one.upload_kbps, one.reachable, one.founded_ms, one.run, one.peer)
         == (other.site, other.upload_kbps, other.reachable, other.founded_ms, other.run, other.peer)

@@ -223,6 +223,8 @@ class Standing:
     def coordinator(self, now_s: float) -> PeerId | None:
         """Who should issue the next plan, by what we know."""
         order = self.outlook(now_s).order
+        if not self._benched:
+            return order[0] if order else None
         return next((p for p in order if not self.is_benched(p, now_s)), next(iter(order), None))
 
     def outnumbered(self, live: list[Neighbour]) -> bool:

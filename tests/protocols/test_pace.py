@@ -104,7 +104,8 @@ def test_nobody_may_plan_beyond_the_bounds_of_the_manifest() -> None:
 
 def test_standing_chores_follow_the_length_of_rounds() -> None:
     assert Pace(8.0, 0.0, 0.5).chores_s == 1.0
-    assert Pace(1800.0, 0.0, 0.5).chores_s == 225.0
+    assert Pace(240.0, 0.0, 0.5).chores_s == 30.0
+    assert Pace(1800.0, 0.0, 0.5).chores_s == 420.0
     assert Pace(86400.0, 0.0, 0.5).chores_s == limits.HEARTBEAT_S_MAX
     growing = Pace(8.0, 80.0, 0.5)
     assert (growing.chores_s, growing.chores_s_max) == (1.0, 10.0)
