@@ -8,12 +8,12 @@ those who lived) are both told.
 from __future__ import annotations
 
 import math
-from typing import Any, Final
+from typing import Final
 
 from peer.simulate.report import figures
 from tests.bench import storm_scenarios as scenes
 from tests.bench.result import Bar, BenchError, Cell, Progress, Result
-from tests.bench.storm_many import many
+from tests.bench.storm_many import SIZES, Tally, many
 
 SCENARIOS: Final = 10_000
 SCENARIOS_QUICK: Final = 40
@@ -29,21 +29,21 @@ def run(quick: bool, seed: int, progress: Progress, scenarios: int | None = None
         rows += some
         bars += held
     progress(f"{count} random scenarios ...")
-    results = many(seed, count, progress)
-    if not results:
+    total = many(seed, count, progress)
+    if not total.scenarios:
         raise BenchError("no scenario was lived through; give at least one")
-    broken = [r for r in results if r.get("violations") or r.get("error")]
+    broken = total.broken
     rows.append(
         {
-            "what": f"{len(results)} random scenarios of 2-64 peers",
+            "what": f"{total.scenarios} random scenarios of 2-64 peers",
             "value": len(broken),
             "unit": "broken",
-            "details": ", ".join(f"seed {r['seed']}" for r in broken[:10]) or "none",
+            "details": ", ".join(f"seed {s}" for s in broken[:10]) or "none",
         }
     )
-    rows += _sizes(results)
+    rows += _sizes(total)
     bars.insert(0, Bar.at_most("scenarios with a broken promise", len(broken), 0, "of all run"))
-    bars.insert(1, Bar.at_least("random scenarios", len(results), SCENARIOS, "run"))
+    bars.insert(1, Bar.at_least("random scenarios", total.scenarios, SCENARIOS, "run"))
     notes = [
         (
             "A random scenario lasts 2.5 to 4 simulated minutes, the last 90 s of which are calm."
@@ -169,18 +169,16 @@ def _utilisation(quick: bool, seed: int, progress: Progress) -> Part:
     )
 
 
-def _sizes(results: list[dict[str, Any]]) -> list[dict[str, Cell]]:
+def _sizes(total: Tally) -> list[dict[str, Cell]]:
     """What was lived through, by size."""
-    rows: list[dict[str, Cell]] = []
-    for low, high in ((2, 4), (5, 12), (13, 32), (33, 64)):
-        some = [r for r in results if low <= r["peers"] <= high and "rounds" in r]
-        if some:
-            details = (
-                f"{sum(r['faults'] for r in some):,} faults,"
-                f" {sum(r['rounds'] for r in some):,} rounds of single peers"
-            )
-            rows.append(_row(f"  of {low}-{high} peers", len(some), "scenarios", details))
-    return rows
+    return [
+        _row(
+            f"  of {low}-{high} peers", scenarios, "scenarios",
+            f"{faults:,} faults, {rounds:,} rounds of single peers",
+        )
+        for (low, high), (scenarios, faults, rounds) in zip(SIZES, total.sizes, strict=True)
+        if scenarios
+    ]  # fmt: skip
 
 
 def _row(what: str, value: float, unit: str, details: str) -> dict[str, Cell]:
