@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,15 +63,17 @@ class Process:
         *,
         root: Path = ROOT,
         environment: Mapping[str, str] | None = None,
+        within: Sequence[str] = (),
     ) -> None:
-        """`root`: the checkout that it runs; `environment`: variables beside this process's own."""
+        """`root`: the checkout that it runs; `environment`: variables beside this process's own;
+        `within`: a command that makes itself the one that follows, somewhere else or with less."""
         self.name = name
         self.log = log
         self.events: list[Fact] = []
         own = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **(environment or {})}
         self._stderr = log.open("wb")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", *arguments],
+            [*within, sys.executable, "-m", *arguments],
             cwd=root,
             env=os.environ | own | {"PYTHONPATH": f"{root}:{root / 'codecs'}"},
             stdin=subprocess.DEVNULL,
@@ -158,7 +160,13 @@ class Fleet:
         self.manifest.write_text(MANIFEST)
 
     def start(
-        self, name: str, *more: str, via: str | None = None, founder: bool = False
+        self,
+        name: str,
+        *more: str,
+        via: str | None = None,
+        founder: bool = False,
+        host: str = "127.0.0.1",
+        within: Sequence[str] = (),
     ) -> Process:
         """`name` has its own home; started again under the same name it takes its seat back.
 
@@ -166,7 +174,7 @@ class Fleet:
         """
         verb = ["run", "start", str(self.manifest)] if founder else ["join"]
         arguments = [
-            "peer", *verb, "--home", str(self.folder / name), "--host", "127.0.0.1",
+            "peer", *verb, "--home", str(self.folder / name), "--host", host,
             "--threads", "1", "--log-json", *more,
         ]  # fmt: skip
         if "--site" not in more:
@@ -176,7 +184,7 @@ class Fleet:
         count = len(list(self.folder.glob(f"{name}-*.err")))
         if name in self.processes:
             self.processes[name].end()
-        process = Process(name, arguments, self.folder / f"{name}-{count}.err")
+        process = Process(name, arguments, self.folder / f"{name}-{count}.err", within=within)
         self.processes[name] = process
         return process
 
