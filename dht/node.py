@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+import math
 import random
 import statistics
 import time
@@ -51,6 +52,10 @@ RPC_TIMEOUT_S: Final = 3.0  # one question to one node
 QUERY_TIMEOUT_S: Final = 8.0  # a search or a store: a few questions, some to dead nodes
 RPCS_MAX: Final = 64  # questions of ours in flight
 REJOIN_S: Final = 1.0  # how often to look for a first node; costs one question to the daemon
+MEET_S: Final = 5.0  # how often to look for nodes among those with whom there is a connection
+MEET_MAX: Final = 8  # asked at a time, each a message there and back
+MEET_AGAIN_S: Final = 60.0  # who is no node, or did not answer, is asked again so much later
+ASKED_MAX: Final = 4096
 OWN_ENTRIES_MAX: Final = 16  # runs that one process announces and is a member of
 OFFSETS_MAX: Final = 64
 
@@ -81,6 +86,8 @@ class HivemindDirectory:
         self._records: dict[RunId, tuple[bytes, bool]] = {}
         self._manifests: dict[RunId, tuple[bytes, str]] = {}
         self._offsets_s: dict[PeerId, float] = {}
+        self._asked_s: dict[PeerId, float] = {}
+        """When those were asked with whom there was a connection and who were no nodes of ours."""
         self._keeper: asyncio.Task[None] | None = None
         self._stale = asyncio.Event()
         """Set when the daemon was replaced: the node has to be replaced as well."""
@@ -180,6 +187,32 @@ class HivemindDirectory:
             if not known:
                 await self._store_all()
         return self.size() > 0
+
+    async def _meet(self) -> None:
+        """Ask some of those whom the transport is connected to, and the node does not know.
+
+        A node that comes back with nothing, and whoever comes to the DHT through it, would be an
+        island else: those who were there before have forgotten it, and each side has company.
+        """
+        now_s = asyncio.get_running_loop().time()
+        known = self._node.protocol.routing_table.peer_id_to_uid
+        others = [
+            peer
+            for peer in await self._transport.connected()
+            if PeerID.from_base58(peer) not in known
+            and now_s - self._asked_s.get(peer, -math.inf) >= MEET_AGAIN_S
+        ]
+        some = random.sample(others, min(MEET_MAX, len(others)))
+        for peer in some:
+            self._asked_s.pop(peer, None)
+            self._asked_s[peer] = now_s
+        while len(self._asked_s) > ASKED_MAX:
+            del self._asked_s[next(iter(self._asked_s))]
+        if some:
+            await self.join(some)
+        for peer in some:
+            if PeerID.from_base58(peer) in known:
+                self._asked_s.pop(peer, None)  # it may come back with nothing, too
 
     @property
     def clock_skew_s(self) -> float:
@@ -299,9 +332,11 @@ class HivemindDirectory:
         self._stale.set()
 
     async def _keep(self) -> None:
-        """Rejoin while alone, replace the node with the daemon, keep our notices alive."""
+        """Rejoin while alone, meet others, replace the node with the daemon, keep our notices
+        alive."""
         loop = asyncio.get_running_loop()
         refresh_s = loop.time() + NOTICE_REFRESH_S
+        meet_s = loop.time() + MEET_S
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(REJOIN_S):
@@ -316,6 +351,9 @@ class HivemindDirectory:
                     continue
             if not self.size():
                 await self.join(await self._transport.connected())
+            elif loop.time() >= meet_s:
+                meet_s = loop.time() + MEET_S * random.uniform(0.8, 1.2)
+                await self._meet()
             if loop.time() >= refresh_s:
                 refresh_s = loop.time() + NOTICE_REFRESH_S * random.uniform(0.8, 1.2)
                 await self._store_manifests()  # whoever has records stores them again himself

@@ -31,7 +31,7 @@ from protocols.types import PeerId, RunId
 
 RETRY_S_MIN: Final = 1.0
 RETRY_S_MAX: Final = 30.0
-RECHECK_S: Final = 60.0
+RECHECK_S: Final = 20.0  # an entrance that came back is met before newcomers give up (EMPTY_S)
 EMPTY_S: Final = 1.5 * NOTICE_REFRESH_S
 """A node answers and knows no run: we may be the first. Or it has just come back, and those who
 train have not announced their run there again; who starts one now is on his own for ever."""

@@ -138,6 +138,26 @@ async def test_a_node_that_comes_back_with_nothing_is_told_of_runs_again(
                 await until(told)
 
 
+async def test_two_islands_become_one_where_there_is_a_connection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An entrance came back with nothing, and a newcomer with it; those who train forgot it."""
+    monkeypatch.setattr("dht.node.MEET_S", 0.5)
+    carol, dave = signer("carol"), signer("dave")
+    async with swarm(tmp_path, ALICE, BOB) as (_, bob), swarm(tmp_path, carol, dave) as (c, d):
+        assert await bob.publish_manifest(RUN, MANIFEST, "storm")
+        assert not await d.runs()
+        entrance, member = c._transport, bob._transport
+        assert isinstance(entrance, Libp2pTransport)
+        assert isinstance(member, Libp2pTransport)
+        await member.connect(entrance.addresses()[0], 5)
+
+        async def found() -> bool:
+            return [notice.run for notice in await d.runs()] == [RUN]
+
+        await until(found)
+
+
 async def test_forgeries_are_refused_by_those_who_store_and_those_who_read(
     tmp_path: Path,
 ) -> None:
