@@ -296,9 +296,10 @@ class Storm:
         await self.until(lambda: time.monotonic() >= when_s, max(0.0, wait_s) + START_S)
 
     def _victim(self, fault: Fault) -> Seat | None:
-        """Whom a fault hits: who has the office; in place of one who is out, the next.
+        """Whom a fault hits: who has the office; in place of another who is out, the next.
 
-        None: nobody yet, too few of its group are at work.
+        None: nobody yet, too few of its group are at work, or who has the office is out and nobody
+        has taken it.
         """
         if fault.target in self.seats and not self.seats[fault.target].group:
             return self.seats[fault.target]
@@ -311,6 +312,8 @@ class Storm:
         # Who is still starting is told to leave by nobody: there is nothing to leave.
         polite = fault.deed is Deed.leave
         seat = next((s for s in row if s.up and not (polite and not s.life.working)), None)
+        if fault.role is not None and seat is not wanted:
+            return None
         others = sum(s.up and s.life.working for s in row if s is not seat)
         return seat if others >= OUT_MAX else None
 
