@@ -51,6 +51,7 @@ WAYS: Final[Mapping[str, Callable[[Trial], Outcome]]] = {
     "pooled mezo, P = 1": others.mezo_pooled,
     "decomfl": partial(others.zeroth, estimator="decomfl"),
     "kseed": partial(others.zeroth, estimator="kseed"),
+    "kseed, several": partial(others.zeroth, estimator="kseed"),
     "afa-cd": partial(others.anarchic, rule="cd"),
     "afa-cs": partial(others.anarchic, rule="cs"),
 }

@@ -13,15 +13,16 @@ from tests.bench.result import Bar, Progress, Result
 
 PART: Final = "zeroth"
 SIZE: Final = Size(
-    batch=1, rounds=6, steps=1, perturbations=16, rank=2, targets=("q_proj", "v_proj")
+    batch=1, rounds=18, steps=1, perturbations=16, rank=2, targets=("q_proj", "v_proj")
 )
 QUICK: Final = Size(batch=1, rounds=2, steps=1, perturbations=4, rank=2, targets=("v_proj",))
 RATES: Final = (3e-3, 1e-2, 3e-2)
-ONE_RATES: Final = (3e-4, 1e-3, 3e-3)
-"""Of steps along one direction: there are P times as many of them."""
+ONE_RATES: Final = (1e-4, 3e-4, 1e-3)
+"""Of steps along one direction: there are P times as many of them. Thrice the largest is best after
+half of the rounds, and runs away before the end, centralised or not."""
 KSEED_ROUNDS: Final = 4
-"""FedKSeed's rounds for each of DeComFL's, of so many times fewer passes: its local steps lead away
-from everybody's values, and with many of them on a sample or two they run away."""
+"""FedKSeed's rounds for each of DeComFL's, of so many times fewer passes, where peers make several
+local steps."""
 _DECOMFL_BYTES_MAX: Final = 100
 _KSEED_BYTES_MAX: Final = 16_400
 _SHARE_MIN: Final = 0.95
@@ -36,8 +37,9 @@ def run(quick: bool, seed: int, progress: Progress, data: Path | None = None) ->
 
 def arms(size: Size) -> list[Arm]:
     """The table's rows."""
-    one = replace(
-        size, rounds=KSEED_ROUNDS * size.rounds, perturbations=1,
+    each = replace(size, rounds=size.perturbations * size.rounds, perturbations=1)
+    several = replace(
+        each, rounds=KSEED_ROUNDS * size.rounds,
         steps=size.steps * size.perturbations // KSEED_ROUNDS,
     )  # fmt: skip
     return [
@@ -48,9 +50,13 @@ def arms(size: Size) -> list[Arm]:
         ),
         Arm(way="decomfl", title=f"DeComFL, P = {size.perturbations}", rates=RATES, size=size),
         Arm(
-            way="pooled mezo, P = 1", title="centralised MeZO, P = 1", rates=ONE_RATES, size=one
+            way="pooled mezo, P = 1", title="centralised MeZO, P = 1", rates=ONE_RATES, size=each
         ),
-        Arm(way="kseed", title="FedKSeed, pool of 4096", rates=ONE_RATES, size=one),
+        Arm(way="kseed", title="FedKSeed, pool of 4096", rates=ONE_RATES, size=each),
+        Arm(
+            way="kseed, several", title=f"FedKSeed, {several.steps} local steps a round",
+            rates=ONE_RATES, size=several,
+        ),
     ]  # fmt: skip
 
 
@@ -62,8 +68,9 @@ def measure(quick: bool, seed: int, progress: Progress, data: Path | None = None
     p = size.perturbations
     note = (
         f"Zeroth order, {size.batch} samples a step: DeComFL in {size.rounds} rounds of a step"
-        f" along {p} directions, FedKSeed in {KSEED_ROUNDS * size.rounds} of"
-        f" {p // KSEED_ROUNDS} local steps along one, so by as many passes of the model. Adapters"
+        f" along {p} directions, FedKSeed in {p * size.rounds} of a step along one (and once more"
+        f" in {KSEED_ROUNDS * size.rounds} of {p // KSEED_ROUNDS} local steps), so by as many passes"
+        " of the model. Adapters"
         f" are of rank {size.rank} on {', '.join(size.targets)}. Centralised MeZO"
         f" makes as many steps of as many directions, each on {8 * size.batch} samples (with P ="
         f" {p} along DeComFL's directions). Gain: the untrained base's loss less the trained one's."
