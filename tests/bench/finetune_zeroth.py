@@ -69,8 +69,8 @@ def measure(quick: bool, seed: int, progress: Progress, data: Path | None = None
     note = (
         f"Zeroth order, {size.batch} samples a step: DeComFL in {size.rounds} rounds of a step"
         f" along {p} directions, FedKSeed in {p * size.rounds} of a step along one (and once more"
-        f" in {KSEED_ROUNDS * size.rounds} of {p // KSEED_ROUNDS} local steps), so by as many passes"
-        " of the model. Adapters"
+        f" in {KSEED_ROUNDS * size.rounds} of {p // KSEED_ROUNDS} local steps), so by as many"
+        " passes of the model. Adapters"
         f" are of rank {size.rank} on {', '.join(size.targets)}. Centralised MeZO"
         f" makes as many steps of as many directions, each on {8 * size.batch} samples (with P ="
         f" {p} along DeComFL's directions). Gain: the untrained base's loss less the trained one's."
