@@ -71,7 +71,7 @@ class Moving:
         self._look_s = now_s + (max(REVIEW_S, here.pace.chores_s) if content else LOOK_S)
         effects += self._sound_out(now_s) if not company else []
         others = [(n.record, n.group) for n in self._candidates(company, now_s)]
-        rtts = measured_s(here.members.everybody(), now_s)
+        rtts = measured_s(here.members.everybody(), now_s, here.pace.chores_s)
         mine = replace(
             here.record.record,
             group=here.group,

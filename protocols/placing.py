@@ -151,10 +151,13 @@ def whom_to_measure(
     return min(placed, key=lambda n: (guess_s(n), n.record.peer))
 
 
-def measured_s(known: Iterable[Neighbour], now_s: float) -> dict[PeerId, float]:
+def measured_s(
+    known: Iterable[Neighbour], now_s: float, pause_s: float = 0.0
+) -> dict[PeerId, float]:
     """Round trips to choose a group by: an old one may be that of another place. (Whom we never
-    hailed answered our first hello just now.)"""
-    fresh_s = max(FIT_WINDOW_S, limits.HEARTBEAT_S_MAX)
+    hailed answered our first hello just now.) `pause_s`: from one heartbeat to the next; one that
+    is lost must not make a member a stranger."""
+    fresh_s = max(limits.HEARTBEAT_S_MAX, 2 * pause_s)
     return {
         n.record.peer: n.rtt_s
         for n in known

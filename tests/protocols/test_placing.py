@@ -8,6 +8,7 @@ import random
 
 import pytest
 
+from protocols import limits
 from protocols.coordinates import Coordinate, distance_s
 from protocols.grouping import propose
 from protocols.membership import RTTS_KEPT, Membership
@@ -93,6 +94,18 @@ def test_who_is_moved_finds_its_new_place_and_its_new_neighbours(seed: int) -> N
     wish = propose(me, mine, others, 16, rtts)
     assert wish is not None
     assert (wish.why, wish.group) == ("far", f"near:{town.centres.index(far)}")
+
+
+def test_a_member_is_measured_as_long_as_one_heartbeat_may_be_lost() -> None:
+    town = Town(1)
+    who = next(iter(town.places))
+    known = town.members.get(who)
+    assert known is not None
+    known.hailed_s, known.rtt_s = town.now_s, 0.02
+    later_s = town.now_s + 1.5 * limits.HEARTBEAT_S_MAX
+    assert measured_s([known], later_s, limits.HEARTBEAT_S_MAX) == {who: 0.02}
+    assert measured_s([known], later_s) == {}
+    assert measured_s([known], later_s + limits.HEARTBEAT_S_MAX, limits.HEARTBEAT_S_MAX) == {}
 
 
 def test_a_changed_link_is_believed_after_a_few_calls_and_a_busy_machine_never() -> None:
