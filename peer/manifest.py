@@ -198,6 +198,11 @@ class MethodSpec:
     """hybrid: d, in which a zeroth-order peer of P directions counts P / (d + P) of its tokens."""
     seeds_lr: float = 0.01
     """hybrid: how far a zeroth-order peer goes in a step, in each value of B, at warm-up's end."""
+    spectrum: float = 1.0
+    """hybrid: the singular values of a round's mean change are raised to this power, their norm
+    kept. Below 1 what few peers have learned counts more, against what all have (drift)."""
+    step: float = 1.0
+    """hybrid: the mean change is multiplied by this before the state takes it."""
 
     def __post_init__(self) -> None:
         _between("method.rank", self.rank, 1, 1024)
@@ -214,6 +219,11 @@ class MethodSpec:
               f"must be exact for {self.kind}", self.aggregate)  # fmt: skip
         _between("method.effective_dim", self.effective_dim, 0, 1e12)
         _above_zero("method.seeds_lr", self.seeds_lr, 1)
+        _between("method.spectrum", self.spectrum, 0, 1)
+        _above_zero("method.step", self.step, 10)
+        for name, value in (("spectrum", self.spectrum), ("step", self.step)):
+            good = value == 1 or self.kind == "hybrid"
+            _need(good, f"method.{name}", f"must be 1 for {self.kind}", value)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -148,6 +148,8 @@ alpha = 16.0            # a peer's adapters are scaled by alpha / its own rank
 admit = ["dense", "lowrank", "seeds", "sparse"]  # what may be sent: full, lora, zo, full
 effective_dim = 100.0   # d: a zo peer counts P / (d + P) of its tokens
 seeds_lr = 0.01         # how far a zo peer goes in a step
+spectrum = 1.0          # below 1, what few peers learned counts more: 0.4 with many local steps
+step = 1.0              # the mean change is taken so many times
 """,
     )
     .replace(

@@ -242,6 +242,8 @@ def _model() -> str:
         ('["dense", "lowrank", "seeds", "sparse"]', "[]", "method.admit: must be some of"),
         ("effective_dim = 100.0", "effective_dim = -1.0", "method.effective_dim: must be 0 to"),
         ("seeds_lr = 0.01", "seeds_lr = 0.0", "method.seeds_lr: must be > 0"),
+        ("spectrum = 1.0", "spectrum = 1.5", "method.spectrum: must be 0 to 1"),
+        ("\nstep = 1.0", "\nstep = 0.0", "method.step: must be > 0"),
         ("seeds_lr = 0.01", 'aggregate = "fedit"', "method.aggregate: must be exact for hybrid"),
         ("fragments = 1 ", "fragments = 2 ", "schedule.fragments: must be 1 for hybrid"),
         ("gossip_every = 0", "gossip_every = 4", "schedule.gossip_every: must be 0 for hybrid"),

@@ -230,7 +230,44 @@ def mean_of(parts: Sequence[tuple[float, Change]]) -> Mean:
     return Mean(shape, stack(stacked) if stacked else None, rest)
 
 
-def advance(state: LowRank, parts: Sequence[tuple[float, LowRank | None, Change]]) -> Mean:
+def spread(mean: Mean, power: float, length: float, rank: int) -> Mean:
+    """`length` times the mean, its singular values raised to `power` and scaled to their old norm.
+
+    Where peers drift apart between rounds, the mean holds what all of them learned in full, and of
+    what one of N learned a share 1/N. The flatter its spectrum, the more of the latter is kept;
+    power 0 is isotropic merging (Marczak et al., arXiv 2502.04959, Iso-C), 1 the mean itself. Also
+    flatter is what is nobody's: noise, and one liar's direction.
+
+    Of a mean with dense parts in a large layer only the first `rank` directions (and the
+    oversampled ones) are known, and only those are changed.
+
+    Raises:
+        ValueError: as `Mean.spectrum`.
+    """
+    if power == 1.0 and length == 1.0:
+        return mean
+    found = mean.spectrum(rank)
+    sigma_k = found.sigma_k
+    used = int(np.count_nonzero(sigma_k > _ZERO * sigma_k[0])) if sigma_k[0] > 0 else 0
+    if not used:
+        return mean
+    raised_k = np.zeros_like(sigma_k)
+    raised_k[:used] = (sigma_k[:used] / sigma_k[0]) ** power
+    raised_k *= np.linalg.norm(sigma_k) / np.linalg.norm(raised_k)
+    if mean.rest is None:
+        return Mean(mean.shape, LowRank(found.v_nk.T, found.u_mk * (length * raised_k)), None)
+    more = LowRank(found.v_nk.T, found.u_mk * (raised_k - sigma_k))
+    stacked = [(length, more)] if mean.factors is None else [(length, mean.factors), (length, more)]
+    return Mean(mean.shape, stack(stacked), length * mean.rest)
+
+
+def advance(
+    state: LowRank,
+    parts: Sequence[tuple[float, LowRank | None, Change]],
+    *,
+    power: float = 1.0,
+    length: float = 1.0,
+) -> Mean:
     """state + the mean of (end - start) over (weight, start, end): what each peer made of what it
     was given.
 
@@ -242,9 +279,16 @@ def advance(state: LowRank, parts: Sequence[tuple[float, LowRank | None, Change]
     where nobody sees it, the state runs away. Let weak peers hold the whole state, folded into
     their frozen weights, and train what their rank allows on top (start = None).
 
+    `power`, `length`: the mean is `spread` by them, at the state's rank; all parts must be changes
+    then (start = None).
+
     Raises: like `mean_of`.
     """
     mean = mean_of([(weight, end) for weight, _, end in parts])
+    if power != 1.0 or length != 1.0:
+        if any(start is not None for _, start, _ in parts):
+            raise ValueError("a mean of ends can't be spread")
+        mean = spread(mean, power, length, state.rank)
     shares = shares_of([weight for weight, _, _ in parts])
     before = [
         (-share, start)

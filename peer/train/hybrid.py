@@ -7,7 +7,8 @@ What is sent is the change alone, so ranks, scales and kinds may differ:
 
     new state = the nearest of rank R to (state + weighted mean of the changes)
 
-(`peer.finetune.products.advance`); one aggregator computes it, everybody takes the same coded
+(`peer.finetune.products.advance`; where `method.spectrum` or `method.step` say so, the mean is
+`spread` first, against drift); one aggregator computes it, everybody takes the same coded
 factors, and the outcome tells the norm of what rank R could not hold.
 
 So the reducer needs the state that the changes were made on. It takes the method's own, layer by
@@ -85,13 +86,15 @@ class ChangeMean:
 
     def __init__(
         self, layers: Sequence[Layer], adapters: Sequence[Adapter], held: Sequence[Held],
-        admit: Sequence[str],
+        admit: Sequence[str], *, power: float = 1.0, length: float = 1.0,
     ) -> None:  # fmt: skip
-        """`held`: the method's own list, whose items the training thread exchanges."""
+        """`held`: the method's own list, whose items the training thread exchanges. `power`,
+        `length`: see `products.spread`."""
         self._layers = layers
         self._adapters = adapters
         self._held = held
         self._admit = tuple(admit)
+        self._power, self._length = power, length
 
     def check(self, unit: int, payload: bytes) -> None:
         """See `Reducer.check`."""
@@ -127,7 +130,7 @@ class ChangeMean:
         if not changes:
             return Reduced(b"", tuple(refused))
         A, B = adapter.split(here.values)
-        moved = advance(LowRank(A, B), changes)
+        moved = advance(LowRank(A, B), changes, power=self._power, length=self._length)
         made = moved.spectrum(adapter.r).project(adapter.r, near=A)
         values = np.concatenate([made.change.A.ravel(), made.change.B.ravel()])
         # Hostile factors can be huge and still pass; what comes of them must stay sendable.
@@ -260,7 +263,10 @@ class HybridMethod:
 
     def reducer(self) -> Reducer:
         layers = [adapted.layer for adapted in self._layers]
-        return ChangeMean(layers, self._adapters, self._held, self._spec.admit)
+        spec = self._spec
+        return ChangeMean(
+            layers, self._adapters, self._held, spec.admit, power=spec.spectrum, length=spec.step
+        )
 
     def mixer(self) -> UnitMixer:
         """Raises NotImplementedError: it is asked only of methods that have `mixes`."""

@@ -10,7 +10,14 @@ import numpy.typing as npt
 import pytest
 
 from peer.finetune.changes import Change, Dense, Expanded, LowRank, Sparse
-from peer.finetune.products import mean_of, mean_product, shares_of, stack
+from peer.finetune.products import (
+    advance,
+    mean_of,
+    mean_product,
+    shares_of,
+    spread,
+    stack,
+)
 from tests.finetune.drawn import LAYERS, apart, dense_mean, mixed, pair
 
 
@@ -286,3 +293,41 @@ def test_huge_weights_and_values_stay_finite() -> None:
     assert np.isfinite(A).all()
     assert np.isfinite(B).all()
     assert np.isfinite(tail)
+
+
+# ── against drift ────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_spread_mean_keeps_its_directions_and_its_norm(power: float, dense: bool) -> None:
+    rng = np.random.default_rng(9)
+    parts: list[tuple[float, Change]] = [(1.0, pair(rng, 24, 3, 16)) for _ in range(3)]
+    if dense:
+        parts.append((2.0, Dense(rng.standard_normal((24, 16)))))
+    exact = mean_of(parts).dense()
+    u, sigma, vt = np.linalg.svd(exact, full_matrices=False)
+    held = np.where(sigma > 1e-7 * sigma[0], sigma, 0.0)
+    raised = np.where(held > 0, held**power, 0.0)
+    raised *= np.linalg.norm(held) / np.linalg.norm(raised)
+    got = spread(mean_of(parts), power, 1.5, 4).dense()
+    assert apart(got, 1.5 * (u * raised) @ vt) <= 1e-9
+    assert np.linalg.norm(got) == pytest.approx(1.5 * np.linalg.norm(exact))
+
+
+def test_the_flatter_a_mean_the_more_is_left_of_what_one_of_many_learned() -> None:
+    """Eight peers learn one thing in common and each one of its own, as large."""
+    common, *own = (np.linalg.qr(np.random.default_rng(7).standard_normal((32, 9)))[0]).T
+    parts = [(1.0, LowRank(np.stack([common, mine]), np.stack([common, mine], 1))) for mine in own]
+    start = LowRank(np.zeros((1, 32)), np.zeros((32, 1)))
+    kept = []
+    for power in (1.0, 0.5, 0.0):
+        changes = [(weight, None, part) for weight, part in parts]
+        change = advance(start, changes, power=power).dense()
+        kept.append(float(own[0] @ change @ own[0]) / float(common @ change @ common))
+    assert kept == pytest.approx([1 / 8, 8**-0.5, 1.0])
+
+
+def test_nothing_spread_is_nothing_and_a_mean_of_ends_is_not_spread() -> None:
+    nothing = LowRank(np.zeros((2, 8)), np.zeros((8, 2)))
+    assert not spread(mean_of([(1.0, nothing)]), 0.5, 2.0, 2).dense().any()
+    with pytest.raises(ValueError, match="ends"):
+        advance(nothing, [(1.0, nothing, nothing)], power=0.5)

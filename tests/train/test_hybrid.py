@@ -107,6 +107,26 @@ def test_the_outcome_is_the_state_and_the_weighted_mean_at_the_runs_rank() -> No
         assert len({p.digest() for p in peers}) == 1
 
 
+def test_a_run_against_drift_spreads_the_mean_change_and_takes_more_of_it() -> None:
+    run = hybrid_manifest(spectrum=0.5, step=1.5)
+    peers = [peer(LORA2, run, seed=i) for i in range(3)]
+    parts = [train(p, 2, i).contribution() for i, p in enumerate(peers)]
+    sent = [changes(p, part) for p, part in zip(peers, parts, strict=True)]
+    outcome, refused = close(peers[0], parts)
+    assert not refused
+    whole = sum(part.weight for part in parts)
+    for p in peers:
+        p.apply(outcome, inside(p))
+    for unit, after in enumerate(state(peers[0])):  # it began at zero
+        exact = sum(part.weight / whole * one[unit] for part, one in zip(parts, sent, strict=True))
+        u, s, vt = np.linalg.svd(exact)
+        s = np.where(s > 1e-7 * s[0], s, 0.0)
+        raised = np.sqrt(s) * np.linalg.norm(s) / np.linalg.norm(np.sqrt(s))
+        best = 1.5 * (u[:, :RANK] * raised[:RANK]) @ vt[:RANK]
+        assert np.linalg.norm(after - best) <= 1e-4 * np.linalg.norm(best)
+    assert len({p.digest() for p in peers}) == 1
+
+
 def test_peers_of_every_kind_stay_equal_to_the_last_bit_and_learn() -> None:
     run = hybrid_manifest("q4")
     peers = [peer(means, run, i) for i, means in enumerate(KINDS_OF_PEERS.values())]
