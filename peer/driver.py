@@ -43,6 +43,7 @@ from protocols.events import (
     Applied,
     ApplyRound,
     CloseSpan,
+    CompanyTold,
     ContributionDelivered,
     ContributionFolded,
     ContributionOffered,
@@ -305,6 +306,12 @@ class Driver:
 
     def live_members(self) -> list[PeerId]:
         return self.machine.live_members(self.now_s())
+
+    def company(self) -> tuple[PeerId, ...]:
+        return self.machine.past(self.now_s()).members
+
+    def told_company(self, group: GroupName, members: tuple[PeerId, ...]) -> None:
+        self.feed(CompanyTold(group, members))
 
     def records(self) -> list[PeerRecord]:
         """Of fellow members that live."""

@@ -95,6 +95,7 @@ from protocols.schema import Max, SchemaError, pack, unpack
 from protocols.types import GroupName, PeerId
 
 LENDING_MAX: Final = 4  # states shown at once: each is as much upload as a contribution or more
+COMPANY_TOLD_MAX: Final = 4 * limits.GROUP_MEMBERS_MAX
 OWN_GROUP: Final = 1  # what is drawn may be our own group
 _LOAN_REPLY_BYTES_MAX: Final = 1 + limits.LOAN_BYTES_MAX + 1024
 _ROSTER_BYTES_MAX: Final = 64 * 2**10
@@ -108,6 +109,8 @@ class RosterNote:
 
     roster: Annotated[tuple[PeerIdField, ...], Max(256)]
     sure: bool
+    company: Annotated[tuple[PeerIdField, ...], Max(COMPANY_TOLD_MAX)] = ()
+    """Who else stood in the group lately, the silent included."""
 
 
 Told = tuple[RosterNote, dict[MixId, Debt]]
@@ -142,6 +145,12 @@ class Host(Protocol):
     def now_s(self) -> float: ...
 
     def live_members(self) -> list[PeerId]: ...
+
+    def company(self) -> tuple[PeerId, ...]:
+        """Who else stood in our group lately, the silent included."""
+
+    def told_company(self, group: GroupName, members: tuple[PeerId, ...]) -> None:
+        """A fellow member's answer to that question."""
 
     def records(self) -> list[PeerRecord]:
         """Of fellow members."""
@@ -574,10 +583,11 @@ class Mixing:
 
     async def ask_debts(self, peer: PeerId) -> Told | None:
         """What a fellow member knows that our group owes; None if it can't be had."""
+        group = self._host.group
         try:
             stream = await self._open(Contact(peer, ()))
             try:
-                await stream.send(HEADER, encode(DebtsQuery(self._run, self._host.group)))
+                await stream.send(HEADER, encode(DebtsQuery(self._run, group)))
                 await stream.finish()
                 note = await _roster(stream)
                 debts = await receive_debts(
@@ -591,6 +601,7 @@ class Mixing:
         except RemoteProtocolError as error:
             self._host.refused(error)
             return None
+        self._host.told_company(group, note.company)
         return note, debts
 
     def _aware(self, told: Told) -> Aware:
@@ -611,7 +622,8 @@ class Mixing:
         if query.group != self._host.group:
             await refuse(stream, NO, "we are in another group")
             return
-        note = RosterNote(self.machine.roster, self.machine.aware)
+        company = self._host.company()[:COMPANY_TOLD_MAX]
+        note = RosterNote(self.machine.roster, self.machine.aware, company)
         await stream.send(REPLY, bytes([YES]) + pack(note))
         for mix in list(self.machine.debts):
             debt = self._debt(mix)

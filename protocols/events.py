@@ -98,6 +98,15 @@ class Remembered:
 
 
 @dataclass(frozen=True, slots=True)
+class CompanyTold:
+    """A fellow member tells a newcomer who else stood in the group lately, the silent included: who
+    has never heard them could take what is left of a group for most of it."""
+
+    group: GroupName
+    members: tuple[PeerId, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class OutcomesAtHand:
     """The same, later: there are more of them now."""
 
@@ -273,6 +282,7 @@ class Leaving:
 Event = (
     Tick | Received | Delivered | Undelivered | RecordSeen | RecordIssued | StateReady
     | Remembered
+    | CompanyTold
     | StateComing | StateFailed | OutcomesAtHand | ContributionTaken | ContributionOffered
     | PartialOffered | PartialFolded | PartialDelivered | PartialUndelivered
     | ContributionFolded | ContributionDelivered | ContributionUndelivered | SpanReduced

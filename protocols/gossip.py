@@ -273,7 +273,7 @@ class GossipMachine:
         effects = self._moved(event.group, event.round - 1) if new else []
         self.round, self.members = event.round, event.members
         self._rounds_here += 1
-        if event.firm:
+        if event.firm and not self._unaware:  # else we do not know yet who has fallen silent
             self._firm = event.round - 1
             self._taken = {mix: since for mix, since in self._taken.items() if since > self._firm}
         for peer in event.members:

@@ -21,6 +21,7 @@ from protocols.errors import RemoteProtocolError
 from protocols.events import (
     Applied,
     ApplyRound,
+    CompanyTold,
     ContributionDelivered,
     ContributionFolded,
     ContributionOffered,
@@ -257,9 +258,12 @@ class GroupMachine:
                 self._catching_up.at_hand(until)
                 return self._state_ready(number, digest, now_s)
             case Remembered():
-                here.firm_round = event.firm
+                here.firm_round, here.firm_group = event.firm, event.group
                 here.knew_epoch(event.group, event.epoch)
                 here.members.remember(event.group, event.members, now_s - event.silent_s)
+            case CompanyTold(group, members):
+                here.members.remember(group, [m for m in members if m != here.me], now_s)
+                self._idle = True
             case OutcomesAtHand(until):
                 self._catching_up.at_hand(until)
                 self._idle = True

@@ -62,7 +62,8 @@ class Healing:
                 n.agreed, n.apart = min(n.agreed, self._common), True
         if self._fetch is not None:
             donor = here.members.get(self._fetch.peer)
-            here.firm_round = donor.firm if donor is not None else 0
+            fellow = donor is not None and donor.group == here.group
+            here.firm_round = donor.firm if donor is not None and fellow else 0
         here.firm_round = min(here.firm_round, number)  # else from our own disk
         here.since = number
         self._fetch = None

@@ -333,7 +333,8 @@ class Membership:
         return len(self.company(group, now_s))
 
     def remember(self, group: GroupName, members: Iterable[PeerId], heard_s: float) -> None:
-        """Those were in `group` before our restart: they count as silent ones until heard of."""
+        """Those were in `group` before our restart, or before we came: they count as silent ones
+        until heard of."""
         for peer in members:
             known = self._table.get(peer)
             if len(self._lost) < limits.KNOWN_PEERS_MAX and (known is None or known.heard_s <= 0):

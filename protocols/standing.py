@@ -195,6 +195,8 @@ class Standing:
         """The same of what we collected for our region."""
         self.firm_round = 0
         """The latest round of our history at which most of the group stood at our state."""
+        self.firm_group = GroupName("")
+        """Which group that was."""
         self.since = 0
         """The round at which we took the history that we have now."""
         self.agreed = -1
@@ -281,6 +283,8 @@ class Standing:
         """Stand in another group from now on."""
         self.knew_epoch(self.group, self.epoch)
         self.group, self.epoch, self.started_s = group, self._epochs.pop(group, 0), now_s
+        if group != self.firm_group:  # what most of another group had is nothing to this one
+            self.firm_round, self.firm_group = 0, group
 
     def knew_epoch(self, group: GroupName, epoch: int) -> None:
         """Of a group, now or before."""

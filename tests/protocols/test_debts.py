@@ -54,6 +54,7 @@ def debtor() -> GossipMachine:
     """Of a group that owes all of `LOAN`, with its next contact due."""
     machine = GossipMachine(ME, CONFIG)
     machine.handle(round_done(EAST, 4, (ME,), Noted(MIX, SIGNED, LOAN, 2, 4)), 0.0)
+    machine.handle(Tick(), 0.5)  # there is nobody to be told by
     effects = machine.handle(round_done(EAST, 5, (ME,)), 1.0)
     assert PayDebt(MIX, LOAN.contacts[0]) in effects
     return machine

@@ -5,7 +5,9 @@ from __future__ import annotations
 from protocols.gossip import GossipConfig, GossipMachine
 from protocols.gossip_events import (
     AnswerDebt,
+    Aware,
     DebtOffered,
+    DebtsFetched,
     DebtTaken,
     Noted,
     PayDebt,
@@ -23,8 +25,11 @@ ME, MATE, LENDER = PeerId("me"), PeerId("mate"), PeerId("lender")
 
 
 def machine() -> GossipMachine:
+    """Of a member that was there from the first round."""
     config = GossipConfig(run=RUN, units=2, every=8, slots=1, round_s=5.0, exchange_s=5.0)
-    return GossipMachine(ME, config)
+    gossip = GossipMachine(ME, config)
+    gossip.handle(done(1, firm=False), 0.0)
+    return gossip
 
 
 def loan_of(borrower: GroupName, lender: GroupName, signer: PeerId) -> tuple[Signed, Loan]:
@@ -56,9 +61,21 @@ def test_another_state_has_to_become_that_of_most_anew() -> None:
     signed, loan = loan_of(HERE, THERE, LENDER)
     mix = mix_id(signed.body)
     gossip.handle(done(2, Noted(mix, signed, loan, 0, 2), firm=True), 0.0)
-    gossip.handle(StateReplaced(HERE, 4, {mix: 0b11}), 0.0)
+    gossip.handle(StateReplaced(HERE, 4, {mix: 0b11}, Aware((), (), True)), 0.0)
     assert not pays(gossip, done(5, firm=False))
     assert pays(gossip, done(6, firm=True)) or pays(gossip, done(7, firm=False))
+
+
+def test_who_has_yet_to_hear_who_fell_silent_takes_nothing_for_firm() -> None:
+    gossip = machine()
+    signed, loan = loan_of(HERE, THERE, LENDER)
+    mix = mix_id(signed.body)
+    gossip.handle(StateReplaced(HERE, 4, {}), 0.0)
+    gossip.handle(done(5, Noted(mix, signed, loan, 0, 2), firm=True), 0.0)
+    for number in range(6, 12):
+        assert not pays(gossip, done(number, firm=True))
+    gossip.handle(DebtsFetched(MATE, Aware((), (), True)), 0.0)
+    assert pays(gossip, done(12, firm=True)) or pays(gossip, done(13, firm=False))
 
 
 def test_a_lender_says_that_it_has_its_side_when_most_of_its_group_have() -> None:

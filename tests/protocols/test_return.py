@@ -5,12 +5,14 @@ anything by itself, and knows its own history.
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 import pytest
 
 from protocols import limits
 from protocols.events import (
     ApplyRound,
+    CompanyTold,
     Effect,
     Event,
     FetchFinished,
@@ -33,7 +35,7 @@ from protocols.messages import OUTCOME_DOMAIN, Hello, OutcomeHeader
 from protocols.records import sign, sign_record
 from protocols.standing import SETTLE_S
 from protocols.steering import COMPANY_S
-from protocols.types import Digest
+from protocols.types import Digest, GroupName
 from tests.protocols.samples import GROUP, RUN, peer, record, signer
 from tests.sim.world import World
 
@@ -87,6 +89,28 @@ def test_a_majority_can_count_on_a_member_that_comes_back(gone_s: float, goes_ov
             asked |= isinstance(effect, FetchState)
     # After so long nobody counts the silent any more, and two are most of two.
     assert asked == goes_over
+
+
+def test_a_newcomer_counts_the_silent_whom_a_fellow_member_tells_of() -> None:
+    # It came while two of five were left; what they go on with is not what most of the group have.
+    newcomer = Returned()
+    newcomer.hears(ROUND, MINE, 1.0)
+    assert newcomer.machine.firm(1.0)
+    silent = tuple(peer(i) for i in (2, 3, 4))
+    newcomer.feed(CompanyTold(GROUP, (peer(ME), peer(OTHER), *silent)), 2.0)
+    assert not newcomer.machine.firm(2.0)
+    assert set(newcomer.machine.past(2.0).members) == {peer(OTHER), *silent}
+    for other in (2, 3):
+        newcomer.hears(ROUND, MINE, 3.0, other)
+    assert newcomer.machine.firm(3.0)  # most of those five stand here after all
+    newcomer.feed(CompanyTold(GroupName("another"), tuple(peer(i) for i in range(5, 15))), 4.0)
+    assert newcomer.machine.firm(4.0)
+
+
+def test_what_most_of_another_group_had_is_nothing_to_this_one() -> None:
+    past = Remembered(GroupName("another"), 4, ROUND, (), 1.0)
+    assert Returned(past=past).machine.past(1.0).firm == 0
+    assert Returned(past=replace(past, group=GROUP)).machine.past(1.0).firm == ROUND
 
 
 def test_what_it_must_know_again_is_what_it_says_before_it_stops() -> None:
