@@ -27,6 +27,7 @@ from peer.config import PeerConfig
 from peer.control import ControlServer
 from peer.doctor.checkup import check_up
 from peer.driver import AppliedFacts, Driver
+from peer.elsewhere import tell_of_others
 from peer.errors import DataError, RunNotFoundError, UsageError
 from peer.exchange import NO, Exchange, Outcome, refuse
 from peer.home import Seat, open_seat
@@ -532,7 +533,15 @@ class _Keeper:
             **({"end": self._tell_the_end()} if self._peer.manifest.inner.ends else {}),
             **{name: work() for name, work in self._presence.works().items()},
         }
+        if self._config.run is None and self._config.manifest is None:
+            works["elsewhere"] = tell_of_others(
+                self._peer.run, self._peer.manifest.name, self._peer.network.directory,
+                self._alone, self._hub.emit,
+            )  # fmt: skip
         return [tasks.create_task(work, name=name) for name, work in works.items()]
+
+    def _alone(self) -> bool:
+        return all(n.left or n.suspected for n in self._machine.members.everybody())
 
     async def stop(self, reason: str, *, polite: bool) -> None:
         """Hand over (if `polite`), say goodbye and save; the second Ctrl-C cuts this short."""
