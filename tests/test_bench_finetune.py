@@ -231,7 +231,7 @@ def test_a_client_of_hetlora_takes_the_first_ranks_and_keeps_its_moments(base: B
 # ── all of it runs ───────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("way", finetune_worker.WAYS)
 def test_every_way_trains_and_is_the_same_again(base: Base, way: str) -> None:
-    wide = "rank" in way or way in ("three kinds", "hetlora", "exact, whole")
+    wide = "rank" in way or way in ("three kinds", "hetlora", "exact, whole", "exact, spread")
     size = {"rank": 16} if wide else {}
     one = trial(base, way, **size)
     found = finetune_worker.run(dataclasses.asdict(one))
@@ -270,7 +270,7 @@ def test_the_whole_table_is_made_of_its_parts(
     result = finetune.run(False, 1, lambda _: None)
     assert len({tuple(row) for row in result.rows}) == 1
     assert {row["part"] for row in result.rows} == {part.PART for part in finetune._PARTS}
-    assert len(result.bars) == 13
+    assert len(result.bars) == 14
     rates = {row["way"]: row["rate"] for row in result.rows}
     assert rates["exact, cut at the peers' rank"] == "0.001"  # the first of the best
 
@@ -297,12 +297,14 @@ def test_the_bar_of_exact_averages_compares_gaps() -> None:
     def bar(exact: float, fedit: float) -> list[bool]:
         given = rows(pooled=[1.0, 1.1], exact=[exact, exact], fedit=[fedit, fedit])
         given["exact, whole"] = rows(x=[exact - 0.1, exact - 0.1])["x"]
+        given["exact, spread"] = rows(x=[exact - 0.2, exact - 0.2])["x"]
         return held(finetune_exact.bars(given))
 
-    assert bar(1.2, 1.5) == [True, True]
-    assert bar(1.3, 1.5) == [True, False]
-    assert bar(1.5, 1.5) == [False, False]
-    assert bar(1.0, 1.0) == [False, False]  # FedIT has no gap that could be halved
+    assert bar(1.2, 1.5) == [True, True, True]
+    assert bar(1.3, 1.5) == [True, True, False]
+    assert bar(1.4, 1.5) == [True, False, False]
+    assert bar(1.6, 1.5) == [False, False, False]
+    assert bar(1.0, 1.0) == [False, False, False]  # FedIT has no gap that could be halved
 
 
 def test_the_bars_of_ranks_can_fail() -> None:

@@ -14,11 +14,12 @@ from typing import Final
 
 from tests.bench.finetune_arms import Arm, Row, base_of, by_seed, kept_of, train_all
 from tests.bench.finetune_trial import Size
+from tests.bench.finetune_worker import ROOM, SPREAD
 from tests.bench.result import Bar, Progress, Result
 
 PART: Final = "exact"
 SIZE: Final = Size(batch=1, rounds=4, steps=50, rank=4)
-QUICK: Final = Size(batch=1, rounds=2, steps=3, rank=2)
+QUICK: Final = Size(batch=1, rounds=2, steps=3, rank=1)
 RATES: Final = (1e-3, 3e-3, 1e-2)
 
 
@@ -38,6 +39,10 @@ def arms(size: Size) -> list[Arm]:
             way="exact, whole", title="exact, room for all ranks", rates=RATES,
             size=replace(size, rank=8 * size.rank),
         ),
+        Arm(
+            way="exact, spread", title="exact, spread against drift", rates=RATES,
+            size=replace(size, rank=ROOM * size.rank),
+        ),
         Arm(way="exact", title="exact, cut at the peers' rank", rates=RATES, size=size),
         Arm(way="fedit", title="FedIT: mean of factors", rates=RATES, size=size),
     ]  # fmt: skip
@@ -53,7 +58,10 @@ def measure(quick: bool, seed: int, progress: Progress, data: Path | None = None
         f" rank {size.rank} for each peer on all linear layers. Centralised LoRA of that rank makes"
         f" as many steps ({size.rounds * size.steps}) on {8 * size.batch} samples: equal tokens."
         f" 'Room for all ranks': a common state of rank {8 * size.rank}, which peers hold beside"
-        " the base and send changes of their own rank to; they upload the same."
+        " the base and send changes of their own rank to; they upload the same. 'Spread': the state"
+        f" has twice that rank, and takes the mean change {SPREAD['step']:g} times, its singular"
+        f" values raised to the power {SPREAD['spectrum']:g} at the same norm (`method.spectrum`,"
+        " `method.step`)."
     )
     return Result([row.cells({}) for row in rows.values()], bars(rows), [note])
 
@@ -63,7 +71,7 @@ def bars(rows: dict[str, Row]) -> list[Bar]:
     pooled, fedit = rows["pooled"].losses(), rows["fedit"].losses()
     theirs = [its - best for its, best in zip(fedit, pooled, strict=True)]
     found = []
-    for way in ("exact, whole", "exact"):
+    for way in ("exact, spread", "exact, whole", "exact"):
         gaps = [mine - best for mine, best in zip(rows[way].losses(), pooled, strict=True)]
         ratio = fmean(gaps) / fmean(theirs) if fmean(theirs) > 0 else None
         found.append(

@@ -280,10 +280,18 @@ def pooled(trial: Trial) -> Outcome:
 
 
 # ── runs of kind `hybrid` ────────────────────────────────────────────────────────────────
-def hybrid(trial: Trial, means: Mapping[int, Means], codec: str = "fp32") -> Outcome:
-    """A peer for each client that has means, a round every K steps."""
+def hybrid(
+    trial: Trial,
+    means: Mapping[int, Means],
+    codec: str = "fp32",
+    spread: Mapping[str, float] | None = None,
+) -> Outcome:
+    """A peer for each client that has means, a round every K steps. `spread`: fields of the
+    manifest's method, against drift."""
     started_s, course = time.monotonic(), course_of(trial.base, trial.size.tokens)
-    run = manifest_of(trial, course, "hybrid", codec=CodecSpec(name=codec))
+    run = manifest_of(
+        trial, course, "hybrid", codec=CodecSpec(name=codec), method=dict(spread or {})
+    )
     streams = [course.stream(client, trial) for client in means]
     methods = [
         HybridMethod(course.model(), run, CPU, own, seed=1000 * trial.seed + client)

@@ -17,6 +17,10 @@ from tests.bench.worker import Reply, serve
 
 RANKS: Final = (2, 4, 8, 16, 2, 4, 8, 16)
 """Of the clients in order, where ranks are mixed."""
+SPREAD: Final = {"spectrum": 0.4, "step": 1.3}
+"""Against drift: what a round's mean change is spread by (`method.spectrum`, `method.step`)."""
+ROOM: Final = 16
+"""The common state's rank / the peers' then, as what is lifted takes room."""
 STRONG: Final = (0, 1, 2, 3)
 RANK_4: Final = (4, 5)
 ZEROTH: Final = (6, 7)
@@ -41,6 +45,9 @@ WAYS: Final[Mapping[str, Callable[[Trial], Outcome]]] = {
     "fedit": partial(trials.lora, aggregate="fedit"),
     "exact": partial(trials.lora, aggregate="exact"),
     "exact, whole": lambda trial: trials.hybrid(trial, _ranks((trial.size.rank // 8,) * 8)),
+    "exact, spread": lambda trial: trials.hybrid(
+        trial, _ranks((trial.size.rank // ROOM,) * 8), spread=SPREAD
+    ),
     "mixed ranks": partial(trials.hybrid, means=_ranks(RANKS)),
     "mixed ranks, q4": partial(trials.hybrid, means=_ranks(RANKS), codec="q4"),
     "all rank 2": partial(trials.hybrid, means=_ranks((2,) * 8)),
