@@ -73,6 +73,8 @@ class Peer:
         self.silent: list[PeerId] = []
         """Who opened a stream and said nothing."""
         self.told: list[object] = []
+        self.companies: list[tuple[GroupName, tuple[PeerId, ...]]] = []
+        """What fellow members said of who was there."""
         self.tasks: list[asyncio.Task[None]] = []
         self.peers = peers
         peers[self.signer.peer_id] = self
@@ -94,6 +96,12 @@ class Peer:
     def start(self, work: Coroutine[Any, Any, None], name: str) -> object:
         self.tasks.append(asyncio.ensure_future(work))
         return self.tasks[-1]
+
+    def company(self) -> tuple[PeerId, ...]:
+        return tuple(sorted(set(self.peers) - {self.signer.peer_id}))
+
+    def told_company(self, group: GroupName, members: tuple[PeerId, ...]) -> None:
+        self.companies.append((group, members))
 
     def refused(self, error: RemoteProtocolError) -> None:
         self.faults.append(error.reason)
@@ -170,6 +178,7 @@ async def test_what_the_donor_of_a_state_proves_is_shown_beside_what_we_proved()
     me.mix_table.load(donor.mix_table.array)
     me.mixing.state_replaced(await me.mixing.ask_debts(DONOR))
     assert me.mixing.machine.debts == {MIX: LOAN.whole}
+    assert me.companies == [(EAST, donor.company())]  # who fell silent counts for us, too
     await me.mixing._pay(MIX, LOAN.contacts[0])
     await settle(west, me, donor)
     assert west.mixing.machine.carried[MIX].left == LOAN.whole
